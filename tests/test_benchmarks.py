@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from hetero_attn import LLM
+from tests.support.quick_python import quick_python
 from tests.support.scripts import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +50,7 @@ def run(name: str, *arguments: object, lines: str = "") -> subprocess.CompletedP
 def run_process(name: str, *arguments: object, lines: str = "") -> subprocess.CompletedProcess[str]:
     """Run a benchmark as a reader would, with the packages of this checkout."""
     search_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
+    command = quick_python(SCRIPTS / name, *arguments)
     environment = os.environ | {"PYTHONPATH": search_path}
     return subprocess.run(command, env=environment, input=lines, capture_output=True, text=True, check=False)
 
@@ -310,7 +311,7 @@ def test_a_checkpoint_that_another_process_writes_is_waited_for(
 ) -> None:
     """Both ask at once: one writes it, and what both then see is whole."""
     monkeypatch.syspath_prepend(SCRIPTS)
-    command = [sys.executable, str(SCRIPTS / "gpu_checkpoints.py"), "tiny", str(tmp_path)]
+    command = quick_python(SCRIPTS / "gpu_checkpoints.py", "tiny", tmp_path)
     other = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
     directory = load("gpu_checkpoints").made_checkpoint(tmp_path, "tiny")
     written = (directory / "model.safetensors").stat()

@@ -5,7 +5,6 @@ import re
 import runpy
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from hetero_attn.cli import app
 from hetero_attn.errors import HeteroError
 from placement.policy.policy import Policy, policy_schema
 from placement.policy.reference import policy_page
+from tests.support.quick_python import quick_python
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -31,7 +31,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks(page, "python")))
     if "import multiprocessing" in script.read_text():
-        done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(quick_python(script), cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return
     monkeypatch.chdir(ROOT)

@@ -4,8 +4,9 @@ Makefile's."""
 import importlib
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.support.quick_python import quick_python
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,7 +24,7 @@ def blocks(language: str) -> list[str]:
 def test_the_python_runs_and_prints_the_plan_shown():
     (code,) = blocks("python")
     code = code.replace('gpu_memory="8MiB"', 'gpu_memory="8MiB", num_threads=2')  # the plan shown is of two threads
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    run = subprocess.run(quick_python("-c", code), capture_output=True, text=True, cwd=ROOT, check=False)
     assert run.returncode == 0, run.stderr
     shown = next(block for block in blocks("") if "GPU home" in block)
     placements = [line.split() for line in shown.splitlines() if line.startswith(("layers.", "head"))]

@@ -2,14 +2,14 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.scripts import run_script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = EXAMPLES / "tiny"
@@ -145,8 +145,7 @@ def test_training_runs_on_a_tiny_corpus(tmp_path):
     out = tmp_path / "out"
 
     sizes = ["--steps", "2", "--batch-tokens", "256", "--threads", "1", "--vocab-size", "320"]
-    command = [sys.executable, str(EXAMPLES / "train_tiny.py"), *sizes]
-    done = subprocess.run([*command, "--source", str(source), "--out", str(out)], capture_output=True, text=True)
+    done = run_script(EXAMPLES / "train_tiny.py", *sizes, "--source", source, "--out", out)
 
     assert done.returncode == 0, done.stderr
     assert "held-out loss" in done.stdout

@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.scripts import run_script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY, MOE = EXAMPLES / "tiny", EXAMPLES / "tiny-moe"
@@ -146,17 +147,8 @@ def test_training_runs_on_a_tiny_corpus(tmp_path):
         text = "".join(f'def {name}_{n}(x):\n    """Return x joined with {n}."""\n\n' for n in range(40))
         (source / f"{name}.py").write_text(f'"""The {name} module."""\n\n{text}')
 
-    command = [
-        sys.executable,
-        str(EXAMPLES / "train_moe.py"),
-        "--steps",
-        "2",
-        "--batch-tokens",
-        "256",
-        "--threads",
-        "1",
-    ]
-    done = subprocess.run([*command, "--source", str(source), "--out", str(out)], capture_output=True, text=True)
+    sizes = ("--steps", 2, "--batch-tokens", 256, "--threads", 1)
+    done = run_script(EXAMPLES / "train_moe.py", *sizes, "--source", source, "--out", out)
 
     assert done.returncode == 0, done.stderr
     assert "held-out loss" in done.stdout and "the dense model" in done.stdout

@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,11 +12,12 @@ import pytest
 from hetero_attn.serving.request import Piece
 from hetero_attn.serving.stream import Stream
 from tests.support.command import ROOT, TINY, run
+from tests.support.quick_python import quick_python
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     """Start the command in a process of its own, with pipes for everything."""
-    command = [sys.executable, "-m", "hetero_attn", *arguments]
+    command = quick_python("-m", "hetero_attn", *arguments)
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 

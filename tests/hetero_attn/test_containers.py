@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from cpu_kernels.team import kept_files
+from tests.support.quick_python import quick_python
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "examples" / "tiny")
@@ -48,7 +48,7 @@ def test_commands_work_where_nothing_can_be_kept(commands, place, tmp_path):
     settings = environment | PLACES[place] | {"TMPDIR": str(tmp_path)}
     if GENERATE in commands:  # without its kernels it would compile for a minute: test_kernel_store.py does without
         settings["XDG_CACHE_HOME"] = str(kept_files.cache_home())
-    run = [sys.executable, "-c", AS_NOBODY_KNOWN, json.dumps(commands)]
+    run = quick_python("-c", AS_NOBODY_KNOWN, json.dumps(commands))
     done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=settings, check=False)
 
     assert done.returncode == 0, done.stderr

@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.quick_python import quick_python
 from tests.support.toy import make_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
@@ -142,7 +142,7 @@ def run(tmp_path, script, *arguments):
     """The script's output, its errors and its exit status."""
     file = tmp_path / "script.py"  # spawn imports the main module again, so it must be a file
     file.write_text(HEAD + script)
-    command = [sys.executable, str(file), *map(str, arguments)]
+    command = quick_python(file, *arguments)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200, env=environment)
     return done.stdout, done.stderr, done.returncode

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig
+from tests.support.quick_python import quick_python
 from tests.support.toy import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +94,7 @@ def test_a_load_holds_no_second_copy_of_the_model(tmp_path, dtype):
 def test_control_c_ends_a_generation_and_leaves_the_engine_usable(tmp_path, device):
     path = make_checkpoint(tmp_path, "llama")
     process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, str(path), device],
+        quick_python("-c", INTERRUPTED, path, device),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

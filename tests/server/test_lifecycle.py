@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 
@@ -18,6 +17,7 @@ from hetero_attn.errors import ArgumentError, EngineDeadError
 from hetero_attn.server.settings import ServerSettings
 from tests.support.command import ROOT, run
 from tests.support.http_server import TINY, RunningServer, await_health, free_port, load_tiny
+from tests.support.quick_python import quick_python
 
 MESSAGES = [{"role": "user", "content": "What is a list?"}]
 LONG = {"messages": MESSAGES, "max_tokens": 400, "ignore_eos": True, "temperature": 0}
@@ -201,21 +201,9 @@ def test_the_command_serves_until_a_signal(tmp_path):
     key = tmp_path / "key"
     key.write_text("secret\n")
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "hetero_attn",
-        "serve",
-        TINY,
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--context",
-        "256",
-    ]
+    wishes = ("--device", "cpu", "--threads", 1, "--context", 256, "--port", port, "--api-key-file", key)
     process = subprocess.Popen(
-        [*command, "--port", str(port), "--api-key-file", str(key)],
+        quick_python("-m", "hetero_attn", "serve", TINY, *wishes),
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

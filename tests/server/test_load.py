@@ -19,6 +19,7 @@ from hetero_attn.server import driver
 from placement import Policy
 from tests.server.test_lifecycle import LONG, at_rest, gauges, raw, read_until
 from tests.support.http_server import TINY, RunningServer, await_health, free_port, load_tiny
+from tests.support.quick_python import quick_python
 
 MIB = 1 << 20
 
@@ -154,7 +155,7 @@ def served(action: str) -> tuple[subprocess.Popen, int]:
     port = free_port()
     arguments = ["serve", TINY, "--device", "cpu", "--threads", "1", "--context", "256", "--port", str(port)]
     code = PLANTED.format(action=action, arguments=arguments)
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(quick_python("-c", code), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     await_health(process, port)
     return process, port
 
@@ -198,7 +199,7 @@ def test_told_to_stop_while_it_loads_it_ends_at_once():
     """A thread in torch's code aborts a process whose interpreter goes down."""
     port = free_port()
     code = LOADING.format(arguments=["serve", TINY, "--device", "cpu", "--port", str(port)])
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(quick_python("-c", code), stderr=subprocess.PIPE, text=True)
     try:
         await_health(process, port, 503)
         process.terminate()
