@@ -1,14 +1,17 @@
 """Kernels for another machine's CPU: numba's LLVM code of a kernel, emitted by that machine's code generator.
 
-A process of its own compiles them, which knows all machines that LLVM has. `compiled` starts it; it answers each line of
+A process of its own compiles them, which knows all machines that LLVM has. `_compiled` starts it; it answers each line of
 JSON, [form, isa, CPUs, module, factory, *parameters] ("ISA" stands for the isa), with a line. The form is what is asked
-for, "assembly" or "object": each takes the code generator once.
+for, "assembly" or "object": each takes the code generator once. Answers are kept as long as sources and compilers are
+the same, like the kernels of this machine.
 """
 
 import base64
+import hashlib
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,10 +19,13 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
+from cpu_kernels.team.store import build_key
 from cpu_kernels.vectors.isa import named
 from cpu_kernels.vectors.target import Target
+from hetero_attn.tools.whole_file import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / ".pytest_cache" / "cross_compiled"
 Cpu = tuple[str, str]  # (triple, name)
 Kernel = tuple[str | int, ...]  # (module, factory, *parameters)
 
@@ -36,16 +42,29 @@ def objects_of(isa: str, wanted: Mapping[Kernel, Sequence[Cpu]]) -> dict[tuple[K
 
 
 def _compiled(form: str, isa: str, wanted: Mapping[Kernel, Sequence[Cpu]]) -> dict[tuple[Kernel, Cpu], str]:
-    requests = "\n".join(json.dumps([form, isa, cpus, *kernel]) for kernel, cpus in wanted.items())
-    command = [sys.executable, "-m", "tests.support.cross_compile"]
-    run = subprocess.run(command, input=requests, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    answers = (json.loads(line) for line in run.stdout.splitlines())
+    answers = _answers([json.dumps([form, isa, cpus, *kernel]) for kernel, cpus in wanted.items()])
     return {
         (kernel, cpu): code
         for (kernel, cpus), answer in zip(wanted.items(), answers, strict=True)
         for cpu, code in zip(cpus, answer, strict=True)
     }
+
+
+def _answers(requests: Sequence[str]) -> list[list[str]]:
+    """What the other process answers to each request, or has answered before."""
+    folder = KEPT / hashlib.sha256(build_key().encode() + Path(__file__).read_bytes()).hexdigest()
+    places = {request: folder / hashlib.sha256(request.encode()).hexdigest() for request in requests}
+    if missing := [request for request, place in places.items() if not place.exists()]:
+        command = [sys.executable, "-m", "tests.support.cross_compile"]
+        given = "\n".join(missing)
+        run = subprocess.run(command, input=given, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert run.returncode == 0, run.stderr[-3000:]
+        if not folder.exists():
+            shutil.rmtree(KEPT, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+        for request, answer in zip(missing, run.stdout.splitlines(), strict=True):
+            write_whole(places[request], answer)
+    return [json.loads(places[request].read_text()) for request in requests]
 
 
 def _code_of(isa: str, module: str, factory: str, *parameters: str | int) -> llvm.ModuleRef:
