@@ -91,6 +91,7 @@ def one_by_one(x, sources, starts, first, plain, weight_dtype, out):
             out[place] = (rounded[source] @ plain[expert].T).float()
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("weight_dtype", layout.WEIGHT_DTYPES)
 @pytest.mark.parametrize(
     ("rows", "experts", "top_k", "in_features"),

@@ -76,6 +76,7 @@ def both(device, name, rows, in_features, weight, first=1, last=5, by_place=Fals
     return out.result(), expected
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", WHOLE_FORMS)
 @pytest.mark.parametrize("rows", [1, 11])
 def test_whole_number_formats_give_the_references_bits(device, name, rows):
@@ -102,6 +103,7 @@ def test_several_tiles_of_one_expert_give_the_same_bits(device, rows):
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("rows", [1, 9])
 def test_formats_of_numbers_agree_with_the_reference(device, name, rows):

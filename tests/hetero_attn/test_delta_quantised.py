@@ -28,6 +28,7 @@ def quantised(folder, family, kind):
     return make_int4(folder, write, config(32), 32, plain=plain) / "int4", plain
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])
 @pytest.mark.parametrize("kind", [*INT4, "fp8"])
 def test_logits_are_those_of_the_values(family, kind, tmp_path):

@@ -240,6 +240,7 @@ def followed(keeper, linear, ids):
     return hits, inserts
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("slots", [24, 48, 64])
 @pytest.mark.parametrize("inserts", [1, 2, 3])
 def test_what_fewer_copies_serve_is_predicted(plan, slots, inserts):
@@ -254,6 +255,7 @@ def test_what_fewer_copies_serve_is_predicted(plan, slots, inserts):
     )
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("slots", [24, 48, 64])
 @pytest.mark.parametrize("steps", [2, 4, 12])
 def test_what_a_slow_bus_serves_is_predicted(plan, slots, steps):

@@ -71,6 +71,7 @@ def test_pages_that_cannot_be_page_locked_are_said_and_change_nothing_else(long_
     assert engine.lanes.device.pinned.total_bytes == 0
 
 
+@pytest.mark.table
 @pytest.mark.filterwarnings("ignore:the system refused")
 @pytest.mark.parametrize("handover", ["events", "flags", "graph"])
 @pytest.mark.parametrize(
