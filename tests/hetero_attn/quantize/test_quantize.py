@@ -72,7 +72,8 @@ def assert_written_alike(path, file, tokens):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_every_family_is_written_as_its_own(tmp_path, family):
-    path = make_checkpoint(tmp_path / "model", family, hidden=64, intermediate=128, num_heads=4, num_kv_heads=2)
+    sizes = {"layers": 2, "hidden": 64, "intermediate": 128, "num_heads": 4, "num_kv_heads": 2}
+    path = make_checkpoint(tmp_path / "model", family, **sizes)
 
     assert_written_alike(
         path, tmp_path / "model.gguf", torch.randint(200, (16,), generator=torch.Generator().manual_seed(3)).tolist()
