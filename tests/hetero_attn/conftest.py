@@ -1,20 +1,10 @@
 """Fixtures of several files about whole models and the command line."""
 
-from collections.abc import Iterator
-
 import pytest
 
 import hetero_attn
 from placement import HardwareProfile
-from tests.support import toy
 from tests.support.command import FakeLLM
-
-
-@pytest.fixture
-def one_torch_thread() -> Iterator[None]:
-    """Torch computes with one thread in a test that asks for this, because its tensors are tiny."""
-    with toy.one_torch_thread():
-        yield
 
 
 @pytest.fixture

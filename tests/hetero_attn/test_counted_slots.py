@@ -17,8 +17,6 @@ from placement.plan.workload import NUM_ROW_TIERS
 from tests.support.counted_lanes import counted, counted_machine
 from tests.support.runtime import emulated_plan, toy_workload
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = EXAMPLES / "tiny-moe"
 PROMPT, WARM, COUNTED = 60, 20, 80

@@ -16,7 +16,7 @@ from hetero_attn.speculation.speculator import Asked
 from hetero_attn.speculation.width import Width
 from tests.support.eagle import WRAPPED, SlowHead, make_head
 from tests.support.runtime import THREADS
-from tests.support.toy import edit_json, hf_model, make_checkpoint, one_torch_thread
+from tests.support.toy import edit_json, hf_model, make_checkpoint
 
 PAGE, COUNT = 4, 5
 PROMPT = [4 + (7 * place) % 300 for place in range(21)]
@@ -51,7 +51,7 @@ def load(large, head, shape="cpu", **options):
 
 def hidden_states(large, text, taps=(2, 1, 0)):
     """What transformers has before the tapped layers, for all but the last token."""
-    with torch.inference_mode(), one_torch_thread():
+    with torch.inference_mode():
         seen = hf_model(large)(torch.tensor([text[:-1]]), output_hidden_states=True).hidden_states
     return torch.cat([seen[tap][0] for tap in taps], 1)
 

@@ -12,8 +12,6 @@ from placement.machine.hardware import HardwareProfile
 from tests.support.runtime import THREADS, nmse
 from tests.support.toy import make_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
 GREEDY = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
 PROMPTS = ["a first prompt that is fairly long, so that pages are spilled", "second", "the third one"]
 LARGE, SMALL = "1000KiB", "350KiB"

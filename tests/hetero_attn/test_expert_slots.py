@@ -26,8 +26,6 @@ from tests.support.simulated_gpu import SimulatedDriver
 from tests.support.simulated_lanes import simulated
 from tests.support.slot_table import simulate
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
 TOKENS = torch.randint(307, (40,), generator=torch.Generator().manual_seed(2)).tolist()
 PROMPT = 20
 NO_STREAM = (0,) * NUM_ROW_TIERS

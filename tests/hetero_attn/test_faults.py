@@ -17,8 +17,6 @@ from hetero_attn.errors import EngineDeadError
 from hetero_attn.lanes.host_worker import HostWorker
 from tests.support.toy import make_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
 GREEDY = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
 PROMPTS = ["a prompt of some pages", "b"]
 LARGE, SMALL = "200KiB", "110KiB"

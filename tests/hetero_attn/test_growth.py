@@ -8,8 +8,6 @@ import torch
 from tests.support.runtime import cpu_plan, make_engine, nmse, toy_workload, uniform_plan
 from tests.support.toy import make_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
 CONTEXT, CHUNK, CHECKPOINTS = 2048, 32, 20
 LIMITS = {"fp32": 1e-10, "bf16": 1e-4}
 

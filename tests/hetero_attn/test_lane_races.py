@@ -28,8 +28,6 @@ from tests.support.runtime import emulated_plan, nmse, one_device_run, run_logit
 from tests.support.simulated_lanes import simulated
 from tests.support.toy import FAMILIES, hf_model, make_checkpoint, make_family_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
 LIMIT = 1e-11
 
 

@@ -16,8 +16,6 @@ from placement.plan.workload import NUM_ROW_TIERS
 from tests.support.runtime import cpu_plan, emulated_plan, make_engine, nmse, one_device_run, run_logits, toy_workload
 from tests.support.toy import FAMILIES, make_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
 LIMITS = {"fp32": 1e-11, "bf16": 1e-4, "q8": 1e-3, "q4": 1e-3}
 SHAPE = {"layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "hidden": 72, "intermediate": 192}
 

@@ -21,8 +21,6 @@ from hetero_attn.tools.routes.watch import Routes, watched
 from placement.plan.heat import by_gain
 from tests.support.slot_table import simulate
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 MODEL, TEXT = EXAMPLES / "tiny-moe", (EXAMPLES / "tiny" / "heldout.txt").read_text("utf-8")
 WINDOW, WINDOWS = 256, 2

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.toy import one_torch_thread
-
 WRAPPED = "Eagle3Speculator"
 
 
@@ -142,14 +140,13 @@ class SlowHead:
 
     def chain(self, text: list[int], hidden_states: torch.Tensor, count: int) -> tuple[list[int], list[torch.Tensor]]:
         """Greedy tokens behind a text, and the logits that they have; hidden_states: [len(text) - 1, taps * hidden]."""
-        with one_torch_thread():
-            for place, token_id in enumerate(text[1:]):
-                logits, hidden = self.row(self.fused(hidden_states[place]), token_id)
-            drafted, seen = [self.token_id(logits)], [logits]
-            while len(drafted) < count:
-                logits, hidden = self.row(hidden, drafted[-1])
-                drafted.append(self.token_id(logits))
-                seen.append(logits)
+        for place, token_id in enumerate(text[1:]):
+            logits, hidden = self.row(self.fused(hidden_states[place]), token_id)
+        drafted, seen = [self.token_id(logits)], [logits]
+        while len(drafted) < count:
+            logits, hidden = self.row(hidden, drafted[-1])
+            drafted.append(self.token_id(logits))
+            seen.append(logits)
         return drafted, seen
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,6 @@ biases away from zero, so that a forgotten norm, bias or window shows. transform
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -127,7 +125,7 @@ def hf_logits(path: Path, token_ids: list[int], dtype: torch.dtype = torch.float
 
 @lru_cache(maxsize=256)  # plans of one model are compared with the same
 def _known_logits(path: Path, written: Written, token_ids: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    with torch.inference_mode(), one_torch_thread():
+    with torch.inference_mode():
         return _known_model(path, written, dtype)(torch.tensor([token_ids])).logits[0].float()
 
 
@@ -139,7 +137,7 @@ def _written(path: Path) -> Written:
 
 def hf_generate(path: Path, token_ids: list[int], max_tokens: int, dtype: torch.dtype = torch.float32) -> list[int]:
     """New token ids of transformers' greedy decoding; end-of-sequence tokens do not stop it."""
-    with torch.inference_mode(), one_torch_thread():
+    with torch.inference_mode():
         prompt = torch.tensor([token_ids])
         output = hf_model(path, dtype).generate(
             prompt,
@@ -151,17 +149,6 @@ def hf_generate(path: Path, token_ids: list[int], max_tokens: int, dtype: torch.
             pad_token_id=0,
         )
     return output[0, len(token_ids) :].tolist()
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Torch without its pool, which only waits for itself on tensors as small as these; back as it was after."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def hf_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
