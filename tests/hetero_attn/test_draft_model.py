@@ -35,10 +35,11 @@ CONTEXT, PAGE = 64, 4
 SHAPES = {"cpu": {"device": "cpu"}, "lanes": {"device": "emulated", "gpu_memory": "900KiB"}}
 PROMPTS = [[4 + (7 * place + 31 * seed) % 300 for place in range(length)] for seed, length in enumerate((5, 21, 12))]
 PROMPTS.append(PROMPTS[1][:18] + [9, 8])
+# Greedy answers go on to the end of the context.
 PARAMS = {
     "greedy": {"temperature": 0.0},
-    "seeded": {"temperature": 0.9, "seed": 5, "top_p": 0.9},
-    "penalties": {"temperature": 0.8, "seed": 7, "repetition_penalty": 1.3, "presence_penalty": 0.4},
+    "seeded": {"temperature": 0.9, "seed": 5, "top_p": 0.9, "max_tokens": 24},
+    "penalties": {"temperature": 0.8, "seed": 7, "repetition_penalty": 1.3, "presence_penalty": 0.4, "max_tokens": 24},
     "stops": {"temperature": 1.0, "seed": 3, "stop": ["e", "a b"], "stop_token_ids": [17, 200], "ignore_eos": False},
     "grammar": {"temperature": 0.9, "seed": 4, "regex": "[a-f ]{3,30}", "ignore_eos": False},
 }

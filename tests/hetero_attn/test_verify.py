@@ -39,7 +39,7 @@ def shallow(tmp_path_factory):
 @contextmanager
 def loaded(path, weight_dtype: str, split: bool, kv_dtype: str | None = None):
     """A plan with all three lanes and a spilled cache, or the CPU lane alone, and its engine."""
-    workload = toy_workload(path, weight_dtype, page_size=4, prefill_chunk=8, kv_dtype=kv_dtype)
+    workload = toy_workload(path, weight_dtype, page_size=4, prefill_chunk=16, kv_dtype=kv_dtype)
     plan = uniform_plan(workload, gpu=0.3, stream=0.4, gpu_kv_heads=1) if split else cpu_plan(workload)
     machine = HardwareProfile.named("emulated")
     planned = PlannedModel(path, ModelConfig.from_dir(path), weight_dtype, plan.device, machine, plan)
