@@ -1,11 +1,16 @@
-"""The buffers through which rows of units are read hold them whatever is wider: the numbers, or the file's codes."""
+"""Rows of units come through buffers that hold them whatever is wider, the numbers or the file's codes; the next ones
+are read while some are packed."""
+
+import threading
+from contextlib import closing
 
 import pytest
 import torch
 
 from cpu_kernels import CpuKernels
 from cpu_kernels.formats import SOURCE_TYPES
-from hetero_attn.checkpoints.loading.unit_rows import UnitRows
+from hetero_attn.checkpoints.loading.unit_rows import READERS, UnitRows
+from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.weights import LinearSpec, Part
 
 
@@ -82,3 +87,49 @@ def test_numbers_held_as_they_are_are_read_straight_into_their_home(dtype, first
         assert lies_at_home == (dtype == "bf16" and start >= first_unit)
     if dtype == "bf16":
         assert torch.equal(home.view(torch.bfloat16).view(-1, 32, 32), expected[first_unit:])
+
+
+class Watched(Plain):
+    """Tells which rows have been read; from a row on it cannot be read."""
+
+    def __init__(self, damaged_from, **tensors):
+        super().__init__(**tensors)
+        self.damaged_from, self.begun, self.changed = damaged_from, set(), threading.Condition()
+
+    def read(self, name, rows, out):
+        if rows.start >= self.damaged_from:
+            raise CheckpointError(f"row {rows.start}")
+        super().read(name, rows, out)
+        with self.changed:
+            self.begun.add(rows.start // 16)
+            self.changed.notify_all()
+
+
+def watched_runs(damaged_from, monkeypatch):
+    """(source, the reader, its linear) of twelve runs of one unit, to be packed as q8 and so read into buffers."""
+    monkeypatch.setattr("hetero_attn.checkpoints.loading.unit_rows.RUN_BYTES", 16 * 32 * 4)
+    source = Watched(damaged_from, a=torch.randn(192, 32, generator=torch.Generator().manual_seed(1)).bfloat16())
+    spec = LinearSpec("layers.0.o", "o", 0, 32, (Part("a", 16, 192, "q8"),), False)
+    return source, UnitRows(source, (spec,), CpuKernels(1)), spec
+
+
+def test_the_next_runs_are_read_while_one_is_packed_and_leave_it_alone(monkeypatch):
+    source, reader, spec = watched_runs(192, monkeypatch)
+    with closing(reader):
+        for start, _, (rows,) in reader.runs(spec):
+            ahead = set(range(min(12, start + 1 + READERS)))
+            with source.changed:
+                assert source.changed.wait_for(lambda wanted=ahead: wanted <= source.begun, 30), (start, source.begun)
+                assert source.begun == ahead, "a run is read into the buffer of the one that is being packed"
+            assert torch.equal(rows, source.tensors["a"][16 * start : 16 * (start + 1)])
+
+
+def test_a_read_that_fails_is_raised_when_its_run_comes_and_no_thread_is_left(monkeypatch):
+    source, reader, spec = watched_runs(16 * 5, monkeypatch)
+    seen, before = [], set(threading.enumerate())
+    with closing(reader), pytest.raises(CheckpointError, match="row 80"):
+        for start, _, _ in reader.runs(spec):
+            seen.append(start)
+
+    assert seen == [0, 1, 2, 3, 4]
+    assert set(threading.enumerate()) <= before

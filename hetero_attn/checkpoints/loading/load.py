@@ -6,6 +6,7 @@ infinity is named and refused before anything is computed with it.
 """
 
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 
@@ -62,7 +63,7 @@ class Loader:
 
     def load(self) -> ModelWeights:
         """Read everything; raises CheckpointError naming the tensor that is not finite."""
-        with self._landing.buffer_for(self._model.packed_linears):
+        with self._landing.buffer_for(self._model.packed_linears), closing(self._unit_rows):
             return self._load(self._model)
 
     def _load(self, model: ModelSpec) -> ModelWeights:

@@ -6,7 +6,10 @@ then held up to half of the packed weights beside them as holes in its heap.
 """
 
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +20,8 @@ from hetero_attn.checkpoints.sources import WeightSource
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.weights import LinearSpec, Part
 
-RUN_BYTES = 16 << 20  # of a run's rows in float32
+RUN_BYTES = 8 << 20  # of a run's rows in float32: few runs of a linear are read before the first is packed
+READERS = 2  # threads that read: one waits for the disk, or copies, while the other does
 PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -26,13 +30,31 @@ def units_at_once(spec: LinearSpec) -> int:
     return max(1, RUN_BYTES // (spec.unit_features * spec.in_features * 4))
 
 
+class Buffers(NamedTuple):
+    """What one run is read through: its rows, and a part of them that is not read straight into its place."""
+
+    rows: torch.Tensor
+    part: torch.Tensor
+
+
 class UnitRows:
-    """Reads runs of units of `linears`; what a run returns is overwritten by the next."""
+    """Reads runs of units of `linears`; what a run returns is overwritten READERS + 1 runs later.
+
+    While a run is packed, threads read the next ones of its linear. The kernels are called by one thread only, so codes
+    that are made into numbers are read by the caller. Close it before the source, and before what it reads into.
+    """
 
     def __init__(self, source: WeightSource, linears: tuple[LinearSpec, ...], ops: CpuKernels) -> None:
         self._source, self._ops = source, ops
         size = max(units_at_once(spec) * spec.unit_features * self._row_bytes(spec) for spec in linears)
-        self._rows, self._part = (fresh_memory((size,), torch.uint8) for _ in range(2))
+        self._buffers = [
+            Buffers(*(fresh_memory((size,), torch.uint8) for _ in Buffers._fields)) for _ in range(READERS + 1)
+        ]
+        self._readers = ThreadPoolExecutor(READERS, "hetero-attn-reader")  # its threads begin with the first run
+
+    def close(self) -> None:
+        """Wait for what is being read, and end the threads; may be called twice."""
+        self._readers.shutdown(cancel_futures=True)
 
     def _row_bytes(self, spec: LinearSpec) -> int:
         """The most that a row takes: as float32, or as the file's codes, whose last group may be a longer one."""
@@ -53,16 +75,33 @@ class UnitRows:
             CheckpointError: the file cannot be read, or holds a scale that is not finite.
         """
         step = units_at_once(spec)
-        for start in range(0, spec.column_units, step):
-            stop, used, found = min(start + step, spec.column_units), 0, []
+        spans = [(start, min(start + step, spec.column_units)) for start in range(0, spec.column_units, step)]
+
+        def read(index: int) -> list[torch.Tensor]:
+            start, stop = (unit - first_unit for unit in spans[index])
             blocks = None
-            if home is not None and start >= first_unit and len(spec.runs) == 1:
-                blocks = home[(start - first_unit) * spec.unit_rows : (stop - first_unit) * spec.unit_rows]
-            for name, parts in spec.runs:
-                rows = self._run(spec, name, parts, (start, stop), used, blocks)
-                used += rows.nbytes
-                found.append(rows)
+            if home is not None and start >= 0 and len(spec.runs) == 1:
+                blocks = home[start * spec.unit_rows : stop * spec.unit_rows]
+            return self._units(spec, spans[index], blocks, self._buffers[index % len(self._buffers)])
+
+        readers = self._readers if self._is_read_as_wanted(spec) else None
+        for (start, stop), found in zip(spans, _ahead(read, len(spans), readers), strict=True):
             yield start, stop, found
+
+    def _is_read_as_wanted(self, spec: LinearSpec) -> bool:
+        """Whether no kernel is called to read it."""
+        forms = ((self._form(spec, name, parts)[0], part.tensor) for name, parts in spec.runs for part in parts)
+        return all(dtype == self._source.torch_dtype(tensor) for dtype, tensor in forms)
+
+    def _units(
+        self, spec: LinearSpec, units: tuple[int, int], home: torch.Tensor | None, buffers: Buffers
+    ) -> list[torch.Tensor]:
+        """The rows of some units, in `buffers` or at home."""
+        found = []
+        for name, parts in spec.runs:
+            found.append(self._run(spec, name, parts, units, home, buffers))
+            buffers = buffers._replace(rows=buffers.rows[found[-1].nbytes :])
+        return found
 
     def _run(
         self,
@@ -70,8 +109,8 @@ class UnitRows:
         name: str,
         parts: tuple[Part, ...],
         units: tuple[int, int],
-        used: int,
         home: torch.Tensor | None,
+        buffers: Buffers,
     ) -> torch.Tensor:
         start, stop = units
         features = -(-sum(part.rows_per_unit for part in parts) // BLOCK_FEATURES) * BLOCK_FEATURES
@@ -80,10 +119,10 @@ class UnitRows:
         if home is not None and PLAIN_DTYPES.get(name) == dtype:
             rows = home.view(dtype).view(shape)
         else:
-            rows = _front(self._rows[used:], dtype, shape)
+            rows = _front(buffers.rows, dtype, shape)
         offset = 0
         for part in parts:
-            self._lay(part, start, rows[:, offset : offset + part.rows_per_unit])
+            self._lay(part, start, rows[:, offset : offset + part.rows_per_unit], buffers.part)
             offset += part.rows_per_unit
         rows[:, offset:] = 0
         return rows.view(-1, width)
@@ -97,7 +136,7 @@ class UnitRows:
         dtypes = {self._source.torch_dtype(part.tensor) for part in parts}
         return torch.float32 if any(kinds) or len(dtypes) > 1 else dtypes.pop(), spec.in_features
 
-    def _lay(self, part: Part, start: int, target: torch.Tensor) -> None:
+    def _lay(self, part: Part, start: int, target: torch.Tensor, buffer: torch.Tensor) -> None:
         """Rows of one part into `target`, [units from `start` on, rows_per_unit, items]; none left: zeros."""
         units, rows_per_unit, items = target.shape
         first, wanted = start * rows_per_unit, units * rows_per_unit
@@ -108,13 +147,28 @@ class UnitRows:
             rows = target.view(-1, items)
         else:
             width = items if dtype != torch.uint8 else self._source.row_bytes(part.tensor)
-            rows = _front(self._part, dtype, (wanted, width))
+            rows = _front(buffer, dtype, (wanted, width))
         self._source.read(part.tensor, slice(first, first + here), out=rows[:here])
         rows[here:] = 0
         if not direct:
             if dtype == torch.uint8 and target.dtype != torch.uint8:
                 rows = numbers_of(self._source, self._ops, part.tensor, rows)
             _copy(target, rows.reshape(units, rows_per_unit, -1))
+
+
+def _ahead(
+    read: Callable[[int], list[torch.Tensor]], count: int, readers: ThreadPoolExecutor | None
+) -> Iterator[list[torch.Tensor]]:
+    """What `read` gives for 0, 1, ... count - 1; `readers` are at the next READERS while the caller is at one."""
+    if readers is None:
+        yield from map(read, range(count))
+        return
+    running: deque[Future[list[torch.Tensor]]] = deque()
+    for index in range(count + READERS):
+        if index < count:
+            running.append(readers.submit(read, index))
+        if index >= READERS:
+            yield running.popleft().result()
 
 
 def numbers_of(source: WeightSource, ops: CpuKernels, tensor: str, rows: torch.Tensor) -> torch.Tensor:
