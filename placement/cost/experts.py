@@ -8,15 +8,16 @@ expert, of which the slots hold their share by number.
 from placement.cost.terms import Call
 from placement.plan.memory import LinearPlacement
 from placement.plan.shards import LinearShard
-from placement.plan.warm import hit_rate
+from placement.plan.warm import hit_rate, step_period
 from placement.plan.workload import Workload
 
 
 def expert_hits(
     workload: Workload, shard: LinearShard, placement: LinearPlacement, call: Call, batch_steps: int
 ) -> float:
-    """The expected share, of the experts that a pass reads, that are in expert slots. batch_steps: as in `hit_rate`."""
-    hits = hit_rate(workload, shard, placement, call.sequences, batch_steps)
+    """The expected share, of the experts that a pass reads, that are in expert slots. batch_steps: as for
+    `step_period`."""
+    hits = hit_rate(workload, shard, placement, call.sequences, step_period(batch_steps))
     return shard.served(call.rows, placement.expert_slots, hits)
 
 

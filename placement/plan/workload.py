@@ -21,8 +21,9 @@ KV_DTYPES = ("fp32", "bf16", "q8", "q4")
 # there.
 STAGING_PIECE_BYTES = 8 * 2**20
 
-# Of text that chooses eight experts a token two copies serve nearly what all that is missed would; more of them would
-# only take the bus, and DRAM from the CPU lane.
+# A batch of copies serves two steps behind the one that missed them at the soonest. Simulated on drawn routes of 8 of 128
+# experts four copies serve 4 to 16 points more of the picks where the bus has time for both batches, but on routes of 4
+# up to 5 points fewer where a batch of four takes it twice as long; they take DRAM from the CPU lane besides.
 MOST_INSERTS = 2
 
 ROW_TIER_LIMITS = (1, 4, 16, 64)

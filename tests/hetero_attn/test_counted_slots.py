@@ -13,6 +13,7 @@ from hetero_attn import LLM
 from hetero_attn.tools.routes.heat import run
 from placement.cost.model import predict
 from placement.plan.memory import KvPlacement, LinearPlacement
+from placement.plan.warm import expert_slot_hits
 from placement.plan.workload import NUM_ROW_TIERS
 from tests.support.counted_lanes import counted, counted_machine
 from tests.support.runtime import emulated_plan, toy_workload
@@ -65,12 +66,14 @@ def step_seconds(plan, machine, tokens):
     ("bus_bytes_per_s", "slots", "tolerance"),
     [
         (1e9, 0, 0.02),
-        *(pytest.param(1e9, slots, 0.15, marks=pytest.mark.matrix) for slots in (8, 16)),
-        (0.5e9, 16, 0.15),
+        *(pytest.param(1e9, slots, 0.1, marks=pytest.mark.matrix) for slots in (8, 16, 24)),
+        (0.5e9, 16, 0.1),
+        pytest.param(0.25e9, 16, 0.1, marks=pytest.mark.matrix),
     ],
-    ids=["no slots", "a quarter", "half", "half, a slow bus"],
+    ids=["no slots", "a quarter", "half", "three quarters", "half, a slow bus", "half, a slower bus"],
 )
 def test_a_step_lasts_as_long_as_predicted(text_and_workload, bus_bytes_per_s, slots, tolerance):
+    """A copy begins when the step that missed its expert has ended, and serves the step behind the next one."""
     tokens, workload = text_and_workload
     machine = counted_machine(1e9, bus_bytes_per_s, 8e9)
     plan = slotted(workload, slots)
@@ -81,4 +84,5 @@ def test_a_step_lasts_as_long_as_predicted(text_and_workload, bus_bytes_per_s, s
     )
 
     assert 1 / predicted.tokens_per_s == pytest.approx(seconds, rel=tolerance)
+    assert expert_slot_hits(workload, plan.linears, predicted.batch_steps) == pytest.approx(hits, abs=0.05)
     assert (hits > 0.2) == (slots > 0)

@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from math import ceil
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,7 @@ from tests.support.recorded_runs import RESULTS
 
 NO_STREAM = (0,) * NUM_ROW_TIERS
 LAYERS = 6
+LATE = 2  # steps behind the one that missed it, which a copy serves where the bus has time for a batch a step
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +95,20 @@ def test_homes_that_went_into_slots_of_other_layers_do_not_come_back():
     assert expert_slots_as(own, own) == tuple(own)
 
 
-def test_slots_decode_faster_than_the_same_memory_with_a_fixed_set(path, plan):
+def test_slots_decode_faster_than_none_and_than_the_same_memory_with_a_fixed_set(path, plan):
+    """At 28 % residency 1.3 times as fast as none. Beside experts at home the gain is that of a simulated table whose
+    copies are late: 1.24 by the published reuse."""
     fixed = planned(path, policy=rules("rules:\n  - {match: layers.*.experts, expert_slots: 0}\n"))
+    none = planned(path, policy=rules("rules:\n  - {match: layers.*.experts, expert_slots: 0, gpu: 0.0}\n"))
+    slots, without = plan.predicted.decode, dict(none.predicted.decode.terms)["cpu_linears"]
+    ids = trace(600)
+    hits, _ = followed(*keeper_of(plan.linears[2].expert_slots, plan.workload.inserts, period=LATE), ids)
+    more_s = without * (1 - hits / ids.numel()) - dict(slots.terms)["cpu_linears"]
 
     assert sum(placement.gpu_units for placement in fixed.linears if placement.name.endswith("experts")) > 0
-    assert plan.predicted.decode.tokens_per_s > 1.3 * fixed.predicted.decode.tokens_per_s
+    assert slots.tokens_per_s > 1.3 * none.predicted.decode.tokens_per_s
+    gains = [fixed.predicted.decode.seconds / seconds for seconds in (slots.seconds, slots.seconds + more_s)]
+    assert min(gains) > 1.15 and gains[0] == pytest.approx(gains[1], rel=0.06)
 
 
 def test_a_plan_comes_back_from_its_yaml(path, plan):
@@ -121,12 +132,22 @@ def test_the_table_says_how_many_what_they_serve_and_what_more_would(plan):
 
 
 def test_large_experts_are_not_brought_in_faster_than_the_bus_can(tmp_path):
-    """gpt-oss-120b: a copy a layer and step is half a GB; the step does not wait for it."""
+    """gpt-oss-120b: a copy a layer and step is half a GB. The step does not wait for it, so a bus that is slower than
+    that has its batches come later, and more copies a batch make no faster step."""
     (tmp_path / "config.json").write_text(json.dumps(GPT_OSS_120B | {"num_hidden_layers": 4}))
+    ids, machine = trace(600, per_row=4), HardwareProfile.named("rtx3060-ddr4")
+    slow, heat = replace(machine, h2d_bytes_per_s=machine.h2d_bytes_per_s / 4), LayerHeat.of("", ids, EXPERTS).heat
     wishes = "rules:\n  - {match: layers.*.experts, expert_slots: 40, stream: 0.0}\n"
-    moved, kept = (planned(tmp_path, "4GiB", policy=rules(f"inserts: {n}\n{wishes}")) for n in (4, 1))
+    found = []
+    for inserts in (1, 2, 4):
+        plan = planned(tmp_path, "4GiB", policy=rules(f"inserts: {inserts}\n{wishes}"))
+        share, seconds = cpu_share(plan, heat, slow)
+        batch_s = 4 * inserts * plan.workload.linears[2].unit_bytes / slow.h2d_bytes_per_s
+        hits, _ = followed(*keeper_of(40, inserts, heat, 4, 1 + ceil(batch_s / seconds)), ids)
+        assert share == pytest.approx(1 - hits / ids.numel(), rel=0.15)
+        found.append(seconds)
 
-    assert moved.predicted.decode.seconds == pytest.approx(kept.predicted.decode.seconds, rel=0.2)
+    assert max(found) < 1.1 * min(found)
 
 
 def test_experts_of_numbers_have_a_fixed_set(path):
@@ -209,11 +230,12 @@ def test_a_smaller_budget_of_a_loaded_plan_has_fewer_slots(plan):
     assert 0 < small.linears[2].expert_slots < large.linears[2].expert_slots
 
 
-def keeper_of(slots, inserts, heat=None):
-    """A keeper of one layer of 128 experts of a few bytes each, and what it was opened with."""
+def keeper_of(slots, inserts, heat=None, per_row=PER_ROW, period=1):
+    """A keeper of one layer of 128 experts of a few bytes each, and what it was opened with. Its copies serve so many
+    steps behind the one that missed them."""
     lanes = Lanes(None, Device(EmulatedDriver()))
     shard = LinearShard(
-        "layers.0.experts", "experts", 0, EXPERTS, 64, 1, 64, 64, picks=PER_ROW, same_bits=True, heat=heat
+        "layers.0.experts", "experts", 0, EXPERTS, 64, 1, 64, 64, picks=per_row, same_bits=True, heat=heat
     )
     placement = LinearPlacement(shard.name, 0, NO_STREAM, EXPERTS, slots)
     linear = SimpleNamespace(dram=torch.arange(EXPERTS * 64).view(EXPERTS, 64).to(torch.uint8), first_dram_unit=0)
@@ -222,6 +244,8 @@ def keeper_of(slots, inserts, heat=None):
     keeper.open(
         [linear], SimpleNamespace(workload=SimpleNamespace(linears=[shard], inserts=inserts), linears=[placement])
     )
+    asked = itertools.count(1)
+    lanes.device.is_reached = lambda event: next(asked) % period == 0
     return keeper, linear
 
 
@@ -263,16 +287,28 @@ def test_what_a_slow_bus_serves_is_predicted(plan, slots, steps):
     a bus with time for all of them is far from."""
     ids = trace(600)
     heat = LayerHeat.of("", ids, EXPERTS).heat
-    keeper, linear = keeper_of(slots, 2, heat)
-    asked = itertools.count(1)
-    keeper._lanes.device.is_reached = lambda event: next(asked) % steps == 0
-    hits, inserts = followed(keeper, linear, ids)
+    hits, inserts = followed(*keeper_of(slots, 2, heat, period=steps), ids)
     shard, placement = replace(plan.workload.linears[2], heat=heat), replace(plan.linears[2], expert_slots=slots)
     workload, served = replace(plan.workload, inserts=2), hits / ids.numel()
 
     assert inserts <= 2 * (len(ids) // steps + 1)
-    assert hit_rate(workload, shard, placement, batch_steps=steps) == pytest.approx(served, abs=0.06)
+    assert hit_rate(workload, shard, placement, period=steps) == pytest.approx(served, abs=0.06)
     assert hit_rate(workload, shard, placement) > served + 0.08
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 9, 65])
+@pytest.mark.parametrize("inserts", [0, 1, 2, 4])
+@pytest.mark.parametrize("is_measured", [True, False], ids=["measured", "assumed"])
+def test_more_slots_never_serve_less(plan, period, inserts, is_measured):
+    """However late copies are; a plan with more memory must not look worse."""
+    heat = LayerHeat.of("", trace(200), EXPERTS).heat if is_measured else None
+    shard, workload = replace(plan.workload.linears[2], heat=heat), replace(plan.workload, inserts=inserts)
+    found = [
+        hit_rate(workload, shard, replace(plan.linears[2], expert_slots=slots), period=period)
+        for slots in range(plan.linears[2].dram_units + 1)
+    ]
+
+    assert found == sorted(found) and 0 <= found[0] and found[-1] <= 1
 
 
 def test_copies_are_no_more_than_the_bus_has_time_for(path):
@@ -326,25 +362,34 @@ def test_two_copies_a_step_serve_nearly_as_much_as_all_that_is_missed():
     assert all(copies <= inserts * len(ids) for inserts, (_, copies) in found.items())
 
 
-def test_what_the_cpu_reads_is_predicted_from_half_a_trace(path):
-    """Heat of the first half, misses of the second: the CPU lane's bytes, and so its time, within 15 %."""
+def cpu_share(plan, heat, machine):
+    """(the CPU lane's time for weights in a decode step beside a step without slots, the step's seconds), of a plan
+    whose experts are as warm as `heat`."""
+    linears = tuple(replace(shard, heat=heat) if shard.picks else shard for shard in plan.workload.linears)
+    workload, none = replace(plan.workload, linears=linears), [replace(each, expert_slots=0) for each in plan.linears]
+    with_slots, without = (
+        pass_cost(workload, linears, plan.kv, machine, Call(1, 1, 64), True) for linears in (plan.linears, none)
+    )
+    return with_slots.terms["cpu_linears"] / without.terms["cpu_linears"], with_slots.seconds
+
+
+@pytest.mark.parametrize("inserts", [1, 2, 4])
+def test_what_the_cpu_reads_is_predicted_from_half_a_trace(path, inserts):
+    """Heat of the first half, misses of the second: the CPU lane's bytes, and so its time, within 15 %. A copy serves
+    the step behind the next one; if it served the next one, the CPU would read less than three quarters of that."""
     ids = trace(800)
     heat = LayerHeat.of("", ids[:400], EXPERTS).heat
-    keeper, linear = keeper_of(40, PER_ROW, heat)
-    followed(keeper, linear, ids[:400])
-    hits, _ = followed(keeper, linear, ids[400:])
-    plan = planned(path, policy=rules("rules:\n  - {match: layers.*.experts, expert_slots: 40, stream: 0.0}\n"))
-    workload = replace(
-        plan.workload, linears=tuple(replace(s, heat=heat) if s.picks else s for s in plan.workload.linears)
-    )
-    hardware, call = HardwareProfile.named("rtx3060-ddr4"), Call(1, 1, 64)
-    none = [replace(each, expert_slots=0) for each in plan.linears]
-    with_slots, without = (
-        pass_cost(workload, linears, plan.kv, hardware, call, True).terms["cpu_linears"]
-        for linears in (plan.linears, none)
-    )
+    late, at_once = (keeper_of(40, inserts, heat, period=period) for period in (LATE, 1))
+    missed = []
+    for keeper, linear in (late, at_once):
+        followed(keeper, linear, ids[:400])
+        hits, _ = followed(keeper, linear, ids[400:])
+        missed.append(1 - hits / ids[400:].numel())
+    wishes = f"inserts: {inserts}\nrules:\n  - {{match: layers.*.experts, expert_slots: 40, stream: 0.0}}\n"
+    plan = planned(path, policy=rules(wishes))
+    share, _ = cpu_share(plan, heat, HardwareProfile.named("rtx3060-ddr4"))
 
-    assert with_slots / without == pytest.approx(1 - hits / ids[400:].numel(), rel=0.15)
+    assert share == pytest.approx(missed[0], rel=0.15) and missed[1] < 0.75 * missed[0]
 
 
 def test_distinct_experts_of_many_rows_are_those_in_slots_by_number():

@@ -27,12 +27,12 @@ def kept_elsewhere(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(kept, "cache_home", lambda: tmp_path_factory.getbasetemp() / "kept")
 
 
-def trace(rows: int, seed: int = 0) -> torch.Tensor:
+def trace(rows: int, seed: int = 0, per_row: int = PER_ROW) -> torch.Tensor:
     """Choices with the reuse that Qwen3-30B was seen to have: 45 % of the picks at the next token, 80 % within eight."""
     draw, recent, found = random.Random(seed), [], []
     for _ in range(rows):
         row: set[int] = set()
-        while len(row) < PER_ROW:
+        while len(row) < per_row:
             kind = draw.random()
             pool = recent[-1] if kind < 0.36 and recent else set().union(*recent[-8:]) if kind < 0.75 else None
             row.add(draw.choice(sorted(pool)) if pool else draw.randrange(EXPERTS))
