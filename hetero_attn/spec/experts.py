@@ -146,6 +146,7 @@ class ExpertsSpec(LinearSpec):
             block=self.block,
             picks=self.per_row,
             same_bits=self.has_same_bits,
+            down_format=self.first[1].format if self.first[1].format != self.format else "",
         )
 
 

@@ -278,8 +278,8 @@ def _linear_rule(row: PlanRow) -> list[str]:
 
 def _dtype_lines(row: PlanRow, workload: Workload) -> list[str]:
     """The weight format of a row where linears differ in it and a rule can ask for it; one of a file is found there."""
-    name = workload.format_of(row.shards[0])
-    return [f"    dtype: {name}"] if workload.is_mixed and name in WEIGHT_DTYPES else []
+    name, down = workload.format_of(row.shards[0]), row.shards[0].down_format
+    return [f"    dtype: {name}"] if workload.is_mixed and name in WEIGHT_DTYPES and not down else []
 
 
 def _kv_rule(row: PlanRow) -> list[str]:

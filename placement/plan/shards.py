@@ -17,7 +17,7 @@ class LinearShard:
     units: number of cuttable pieces; unit_bytes, unit_features: packed bytes and output features of one unit.
     in_features: width of the input row; flops_per_row_per_unit: multiplications plus additions for one row and unit.
     weight_format: what the unit is packed as, a format of cpu_kernels/formats or a mix of them; empty is the
-    workload's.
+    workload's. down_format: of experts, what their last product is packed as where it is another one, else empty.
     picks: of experts, whose units are whole experts: how many of them a row is computed by; 0 where it is all units.
     same_bits: of experts, whether every lane computes the same bits, so that one may change its lane from step to step.
     heat: of experts, how warm they were over a text; None is assumed.
@@ -40,6 +40,7 @@ class LinearShard:
     picks: int = 0
     same_bits: bool = False
     heat: ExpertHeat | None = None
+    down_format: str = ""
 
     def __post_init__(self) -> None:
         if self.name.rpartition(".")[2] != self.kind:
@@ -96,7 +97,7 @@ class LinearShard:
     def shape(self) -> tuple[int | str, ...]:
         """Everything that decides what the linear costs, without its name and layer."""
         sizes = self.units, self.unit_bytes, self.unit_features, self.in_features, self.flops_per_row_per_unit
-        return (*sizes, int(self.row_cut), self.picks, self.weight_format)
+        return (*sizes, int(self.row_cut), self.picks, self.weight_format, self.down_format)
 
     @property
     def total_bytes(self) -> int:

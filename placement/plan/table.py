@@ -225,9 +225,10 @@ def _is_wide(plan: ShownPlan, width: int) -> bool:
 
 
 def _format(plan: ShownPlan, row: PlanRow) -> str:
-    """The weight format of a row of linears; of a mix those in it."""
-    mix = plan.workload.format_of(row.shards[0]).split("+")
-    return "+".join(part.partition("*")[0] for part in mix)
+    """The weight format of a row of linears; of a mix those in it, of experts that of their down too where it is
+    another one."""
+    mix, down = plan.workload.format_of(row.shards[0]).split("+"), row.shards[0].down_format
+    return "+".join(part.partition("*")[0] for part in mix) + (f", down {down}" if down else "")
 
 
 def _linear_row(plan: ShownPlan, row: PlanRow) -> tuple[str, ...]:

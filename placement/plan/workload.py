@@ -21,9 +21,9 @@ KV_DTYPES = ("fp32", "bf16", "q8", "q4")
 # there.
 STAGING_PIECE_BYTES = 8 * 2**20
 
-# A batch of copies serves two steps behind the one that missed them at the soonest. Simulated on drawn routes of 8 of 128
-# experts four copies serve 4 to 16 points more of the picks where the bus has time for both batches, but on routes of 4
-# up to 5 points fewer where a batch of four takes it twice as long; they take DRAM from the CPU lane besides.
+# A batch of copies serves two steps behind the one that missed them at the soonest. Of drawn routes of 8 of 128 experts
+# four serve 4 to 16 points more than two where the bus has time for them, of routes of 4 up to 5 points fewer where a
+# batch then takes it twice as long; and they take DRAM from the CPU lane.
 MOST_INSERTS = 2
 
 ROW_TIER_LIMITS = (1, 4, 16, 64)
@@ -122,7 +122,8 @@ class Workload:
     def weight_formats(self) -> tuple[str, ...]:
         """The formats that parts of the linears are packed in, each once."""
         parts = (part for shard in self.linears for part in segments(self.format_of(shard), shard.in_features))
-        return tuple(dict.fromkeys(part.format.name for part in parts))
+        of_experts = (shard.down_format for shard in self.linears if shard.down_format)
+        return tuple(dict.fromkeys((*(part.format.name for part in parts), *of_experts)))
 
     def heads_of(self, shard: KvShard) -> int:
         """Query heads of a layer."""
@@ -141,7 +142,8 @@ class Workload:
     @property
     def is_mixed(self) -> bool:
         """Whether linears differ in what their weights are packed as."""
-        return len({self.format_of(shard) for shard in self.linears}) > 1
+        formats = {self.format_of(shard) for shard in self.linears}
+        return len(formats) > 1 or any(shard.down_format for shard in self.linears)
 
     @property
     def weight_bytes(self) -> int:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from hetero_attn import LLM
@@ -16,12 +17,14 @@ from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.experts_config import gguf_experts
 from hetero_attn.spec.tensor_names import expert_tensor
 from hetero_attn.spec.weight_formats import WeightFormats
+from hetero_attn.spec.workload import Sizes, build_workload
 from tests.support.expert_logits import EXACT, TOKENS, logits_of
 from tests.support.moe import FAMILIES, fused, make_moe, moe_gguf, moe_logits
 from tests.support.runtime import (
     cpu_plan,
     nmse,
     toy_workload,
+    uniform_plan,
 )
 from tests.support.scaled_models import fp8_blocks
 from tests.support.toy import edit_json
@@ -175,3 +178,23 @@ def test_experts_of_minimax_in_fp8_as_published(tmp_path):
         logits = llm.logits(TOKENS[:12])
 
     assert nmse(logits, moe_logits(plain, TOKENS[:12])) <= EXACT
+
+
+def test_a_plan_names_what_down_is_packed_as_where_it_is_another_format(tmp_path):
+    """As GGUF mixtures have it: 6 bits for down in some layers. A table used to show gate's and up's alone, and a rule
+    to ask for their dtype would convert down too."""
+    config = ModelConfig.from_dir(make_moe(tmp_path, "qwen3_moe", layers=2, moe_intermediate_size=256, hidden_size=256))
+    finer = {expert_tensor(1, index, "down"): "q6_k" for index in range(config.experts.experts)}
+    formats = WeightFormats("q8", "q8", finer)
+    sizes = Sizes(max_context=64, max_batch=1, page_size=4, prefill_chunk=16)
+    plan = cpu_plan(build_workload(decoder(config, formats), formats, "toy", sizes))
+    rows = [line.rstrip() for line in plan.table(200).splitlines() if ".experts " in line]
+    narrow = uniform_plan(plan.workload, 0.5, 0.0, 1).table(80)
+    rules = {rule["match"]: rule for rule in yaml.safe_load(plan.to_yaml())["rules"]}
+
+    assert [line.split("  ")[-1] for line in rows] == ["q8", "q8, down q6_k"]
+    assert "layers.1.experts q8, down q6_k" in " ".join(narrow.split())
+    assert max(map(len, (plan.table(80) + narrow).splitlines())) <= 80
+    assert rules["layers.0.experts"]["dtype"] == "q8" and "dtype" not in rules["layers.1.experts"]
+    assert set(plan.workload.weight_formats) == {"q8", "q6_k"} and plan.workload.is_mixed
+    assert {each["weight_format"] for each in plan.to_dict()["linears"]} == {"q8"}
