@@ -63,7 +63,8 @@ class PassTime:
         self._unknowns, self._program, self._weighted = unknowns, unknowns.program, weighted
         self._hardware, self._scale = unknowns.hardware, unknowns.time_scale
         self._lost = 1 - self._hardware.overlap_of(weighted.call.q_len)
-        self._time = self._program.variable(cost=(1 - self._lost) * weighted.weight)
+        self._time = self._program.variable(cost=weighted.weight)
+        self._lost_time = self._program.variable(cost=weighted.weight) if self._lost else None
         self._after_another: Terms = {}
         self._reads: Terms = {}
         self._products: Terms = {}
@@ -93,17 +94,18 @@ class PassTime:
                     add(lane, variable, per_read * seconds)
 
     def _charge_lost_overlap(self) -> None:
-        """The share of the pass that is as long as everything one after another: see placement.cost.model."""
-        if not self._lost:
+        """The share of what everything one after another takes longer than the pass: see placement.cost.model. Where
+        the DRAM's rate decides it may take less, and nothing is lost."""
+        if self._lost_time is None:
             return
         for lane in (self._cpu, self._copies):
             for variable, seconds in lane.items():
                 if variable != self._time:
                     add(self._after_another, variable, seconds)
-        share = self._lost * self._weighted.weight
-        for variable, seconds in self._after_another.items():
-            self._program.costs[variable] += share * seconds
-        self._program.variable(1, 1, cost=share * self._constant)
+        longer = {variable: self._lost * seconds for variable, seconds in self._after_another.items()}
+        add(longer, self._time, -self._lost)
+        add(longer, self._lost_time, -1.0)
+        self._program.at_most(longer, -self._lost * self._constant)
 
     def _wait_for_python(self) -> None:
         """A prompt takes no less than Python needs to queue its layers: what is hidden behind that costs nothing."""
@@ -113,14 +115,12 @@ class PassTime:
             return
         product_s = self._scale * product_queueing_s(hardware)
         waiting = program.variable(cost=self._weighted.weight)
-        covered = {waiting: 1.0, self._time: 1 - self._lost}
-        for variable, seconds in self._after_another.items():
-            add(covered, variable, self._lost * seconds)
-        program.at_least(dict(covered), layers_s - self._lost * self._constant)
+        covered = {waiting: 1.0, self._time: 1.0} | ({} if self._lost_time is None else {self._lost_time: 1.0})
+        program.at_least(dict(covered), layers_s)
         for variable, products in self._products.items():
             add(covered, variable, -product_s * products)
         fewest = LINEARS_PER_LAYER * workload.num_layers * product_s
-        program.at_least(covered, layers_s - fewest - self._lost * self._constant)
+        program.at_least(covered, layers_s - fewest)
 
     def _class(self, c: int, cls: LayerClass) -> None:
         blocks = {cls.linears[i].shard.block: _Stage() for _, i in pairs(cls)}

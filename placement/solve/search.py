@@ -14,7 +14,14 @@ from placement.solve.decisions import Budgets
 from placement.solve.formulation import formulation
 from placement.solve.problem import Candidate, Problem, fastest_first, known_placements
 from placement.solve.program import INFINITY
-from placement.solve.whole_units import expert_slot_candidates, filled_up, free_tokens, laid_out, with_tokens
+from placement.solve.whole_units import (
+    expert_slot_candidates,
+    filled_up,
+    free_tokens,
+    laid_out,
+    with_tokens,
+    with_whole_streams,
+)
 
 # Placements that are tried with every prefill chunk, the fastest first.
 MOST_TRANSFERRED = 4
@@ -51,7 +58,8 @@ def candidates(problems: Sequence[Problem]) -> list[Candidate]:
             else:
                 too_large.append(candidate)
     fitting += _with_other_chunks(problems, fitting)
-    fitting += [other for each in fastest_first(fitting)[:MOST_TRANSFERRED] for other in expert_slot_candidates(each)]
+    slotted = [other for each in fastest_first(fitting)[:MOST_TRANSFERRED] for other in expert_slot_candidates(each)]
+    fitting += [*slotted, *map(with_whole_streams, fastest_first(slotted)[:1])]
     return fastest_first(fitting or too_large)
 
 

@@ -6,7 +6,7 @@ what every token reads. Expert slots in the same memory serve more picks where e
 in DRAM. Prompts read nearly all of them, and gain nothing: the cost model decides.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from placement.cost.objective import tier_call
@@ -15,13 +15,14 @@ from placement.plan.memory import KvPlacement, LinearPlacement, staging_slot_byt
 from placement.plan.shards import LinearShard
 from placement.plan.warm import by_equal_gain, expert_slots_as, with_expert_slots
 from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_NAMES
-from placement.policy.bounds import LinearBounds
+from placement.policy.bounds import FREE, LinearBounds
 from placement.solve.decisions import Budgets, Homes, Totals, gpu_tokens_of
 from placement.solve.formulation import formulation
 from placement.solve.pairing import is_paired
-from placement.solve.problem import Candidate, Problem
-from placement.solve.spread import lay_out, placements, streams
+from placement.solve.problem import Candidate, Problem, fastest_first
+from placement.solve.spread import Spread, lay_out, placements, streams
 
+EIGHTHS = 8  # of the layers with expert slots, tried first as the number that streams to prompts
 SHARES = (1.0, 0.5)  # of the memory of experts at home that expert slots are tried in
 
 
@@ -162,6 +163,52 @@ def expert_slot_candidates(candidate: Candidate) -> Iterator[Candidate]:
             found = replace(candidate, linears=linears, label=f"{candidate.label}; {share:.0%} of experts in slots")
             if found.fits:
                 yield found
+
+
+def with_whole_streams(candidate: Candidate) -> Candidate:
+    """The candidate with the experts of another number of layers streamed whole to prompts, and the CPU computing those
+    of the others, the fastest that is found; itself where rules or a bus that streams nothing leave no choice.
+
+    The program weighed that with experts at home, which serve prompts too; in slots they do not.
+    """
+    problem, linears = candidate.problem, candidate.linears
+    lowest = min(weighted.call.tier for weighted in problem.calls)
+    tiers = {weighted.call.tier for weighted in problem.calls if weighted.call.q_len > 1} - {lowest}
+    at = [i for i, bound in enumerate(problem.bounds.linears) if linears[i].expert_slots and bound == FREE]
+    if not (tiers and at and problem.staging_slots):
+        return candidate
+    at.sort(key=lambda i: -linears[i].stream_units[max(tiers)])
+    step, tried = -(-len(at) // EIGHTHS), {}
+    wanted = [*range(0, len(at), step), len(at)]
+    while step:
+        tried |= {count: _streaming(candidate, at[:count], at[count:], tiers) for count in wanted}
+        best = min(tried, key=lambda count: tried[count].judged_s if tried[count].fits else float("inf"))
+        step //= 2
+        wanted = [count for count in (best - step, best + step) if 0 <= count <= len(at) and count not in tried]
+    return fastest_first([candidate, *(each for each in tried.values() if each.fits)])[0]
+
+
+def _streaming(candidate: Candidate, whole: Sequence[int], none: Sequence[int], tiers: Collection[int]) -> Candidate:
+    """The candidate with everything of some linears that is not at home streamed in these row tiers, and nothing of
+    others."""
+    placed = list(candidate.linears)
+    for i in (*whole, *none):
+        width = placed[i].dram_units if i in whole else 0
+        widths = [width if tier in tiers else old for tier, old in enumerate(placed[i].stream_units)]
+        placed[i] = replace(placed[i], stream_units=tuple(widths))
+    found = replace(candidate, linears=tuple(placed))
+    return found if candidate.spread is None else replace(found, spread=_spread_of(found, candidate.spread))
+
+
+def _spread_of(candidate: Candidate, spread: Spread) -> Spread:
+    """How the linears of a candidate lie, in the row tiers that a spread has."""
+    classes, placed = candidate.problem.classes, candidate.linears
+    at = {(c, i): classes[c].linears[i].indices for c, i in spread.homes}
+    homes = {key: tuple(placed[index].gpu_units for index in indices) for key, indices in at.items()}
+    streamed = {
+        (c, i, tier): tuple(placed[index].stream_units[tier] for index in at[c, i]) for c, i, tier in spread.streams
+    }
+    return replace(spread, homes=homes, streams=streamed)
 
 
 def _exchanged(candidate: Candidate, at: Sequence[int], share: float) -> tuple[LinearPlacement, ...] | None:
