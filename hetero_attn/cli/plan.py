@@ -99,7 +99,7 @@ def show(drafted: Drafted, explanation: Explanation | None, fits: bool) -> None:
     from placement.plan.words import wrapped
 
     width, planned = table_width(), drafted.planned
-    opening = opening_lines(planned.plan, fits)  # type: ignore[arg-type]
+    opening = opening_lines(planned.plan, fits, planned.hardware.dram_bytes)  # type: ignore[arg-type]
     lines = [*opening, *kept_table(planned.path), "", *planned.plan.table(width).splitlines()]
     drafts_lines = drafted.lines()
     lines += ["", *drafts_lines] if drafts_lines else []

@@ -6,7 +6,7 @@ from dataclasses import replace
 from placement.cost.baselines import everything_bytes, largest_layer_split, layer_split
 from placement.cost.model import predict
 from placement.cost.objective import long_prompt
-from placement.explain.explanation import SAME, Estimate
+from placement.explain.explanation import SAME, SHOWN, Estimate
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import OF_OTHERS
 from placement.plan.phase import PhaseCost
@@ -104,6 +104,10 @@ def alternatives(
 ) -> Iterator[Estimate]:
     """What lost: the nearest candidates, whole layers, the other shape, and the shipped policies."""
     machine = hardware if hardware.cores == plan.num_threads else hardware.with_threads(plan.num_threads)
+
+    def slower(other: Plan) -> str:
+        return _slower_at(plan, other, hardware)
+
     for candidate in _nearest(found):
         other = replace(plan, workload=candidate.problem.workload, linears=candidate.linears, kv=candidate.kv)
         predicted = predict_plan(other, machine)
@@ -111,13 +115,29 @@ def alternatives(
             candidate.label,
             predicted.decode.tokens_per_s,
             predicted.prefill.tokens_per_s,
-            objective_s=predicted.objective_s,
+            slower(replace(other, predicted=predicted)),
+            predicted.objective_s,
         )
     yield _whole_layers(plan, machine)
-    yield from _other_shape(workload, hardware, policy, plan)
+    yield from _other_shape(workload, hardware, policy, plan, slower)
     for name in COMPARED_POLICIES:
         shipped = with_rules_of(name, policy)
-        yield _estimate(f"policy {name}", workload, hardware, shipped, plan.device, plan.gpu_memory_bytes)
+        yield _estimate(f"policy {name}", workload, hardware, shipped, plan.device, plan.gpu_memory_bytes, slower)
+
+
+def _slower_at(plan: Plan, other: Plan, hardware: HardwareProfile) -> str:
+    """What a plan that lost is slower at, where the two figures that are shown, rounded, have it faster in one and
+    slower in none; empty where they tell."""
+    ratios = [
+        getattr(other.predicted, phase).tokens_per_s / getattr(plan.predicted, phase).tokens_per_s
+        for phase in ("decode", "prefill")
+    ]
+    if min(ratios) < 1 - SHOWN or max(ratios) < 1 + SHOWN:
+        return ""
+    rows = long_prompt(plan.workload)
+    long = _prompt_tokens_per_s(other, hardware, rows) / _prompt_tokens_per_s(plan, hardware, rows)
+    least, what = min((ratios[0], "at decoding"), (long, f"at prompts of {rows} tokens"))
+    return f"slower {what} ({least - 1:+.1%})" if least < 1 - SAME else ""
 
 
 def with_rules_of(name: str, policy: Policy) -> Policy:
@@ -156,9 +176,11 @@ def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
     return Estimate(label, speed(decode, hardware, False), speed(prefill, one_by_one, True))
 
 
-def _other_shape(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: Plan) -> Iterator[Estimate]:
+def _other_shape(
+    workload: Workload, hardware: HardwareProfile, policy: Policy, plan: Plan, note: Callable[[Plan], str]
+) -> Iterator[Estimate]:
     """The best plan of the shape that this plan does not have, where the model and the plan allow both."""
     if workload.row_cuts and not plan.workload.elastic:
         shape = "column" if plan.shape == "paired" else "paired"
         other = policy.model_copy(update={"shape": shape})
-        yield _estimate(SHAPE_WORDS[shape], workload, hardware, other, plan.device, plan.gpu_memory_bytes)
+        yield _estimate(SHAPE_WORDS[shape], workload, hardware, other, plan.device, plan.gpu_memory_bytes, note)

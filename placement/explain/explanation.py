@@ -9,6 +9,7 @@ from placement.plan.plan import Plan
 from placement.plan.units import digits
 
 SAME = 1e-3  # what the search may miss
+SHOWN = 0.005  # a smaller difference is shown as none
 LABEL_COLUMNS = 38
 LESS_WORDS = "should other programs hold 2 GiB of GPU memory, and DRAM have half its rate (one channel of two)"
 
@@ -17,8 +18,9 @@ LESS_WORDS = "should other programs hold 2 GiB of GPU memory, and DRAM have half
 class Estimate:
     """Predicted speed of another plan or another machine.
 
-    decode_tokens_per_s, prefill_tokens_per_s: None when it cannot run; note then says why, else what both are worse
-    for, if they are. objective_s: the seconds that its plan was chosen by, None for what is no plan of ours.
+    decode_tokens_per_s, prefill_tokens_per_s: None when it cannot run; note then says why, else what the figures do
+    not: what both are worse for, or what a plan that lost is slower at. objective_s: the seconds that its plan was
+    chosen by, None for what is no plan of ours.
     """
 
     label: str
@@ -100,4 +102,4 @@ class Explanation:
 
 
 def _difference(ratio: float) -> str:
-    return "(same)" if abs(ratio - 1) < 0.005 else f"({ratio - 1:+.0%})"
+    return "(same)" if abs(ratio - 1) < SHOWN else f"({ratio - 1:+.0%})"

@@ -98,10 +98,13 @@ def plan_table(plan: ShownPlan, width: int) -> str:
     return console.file.getvalue()
 
 
-def opening_lines(plan: ShownPlan, fits: bool = True) -> list[str]:
-    """The four things that a newcomer wants: does it fit, how fast, what is where, what would change it."""
+def opening_lines(plan: ShownPlan, fits: bool = True, dram_bytes: int = 0) -> list[str]:
+    """The four things that a newcomer wants: does it fit, how fast, what is where, what would change it.
+
+    dram_bytes: that the machine has, 0 where that is not known.
+    """
     memory, on_gpu = plan.memory, plan.device != "cpu"
-    lines = _memory_lines(plan, fits)
+    lines = _memory_lines(plan, fits, dram_bytes)
     if plan.predicted is not None:
         decode, prefill = plan.predicted.decode, plan.predicted.prefill
         lines.append(
@@ -122,7 +125,7 @@ def opening_lines(plan: ShownPlan, fits: bool = True) -> list[str]:
     return lines
 
 
-def _memory_lines(plan: ShownPlan, fits: bool) -> list[str]:
+def _memory_lines(plan: ShownPlan, fits: bool, dram_bytes: int) -> list[str]:
     """What a model and what drafts for it take of both memories together, and the share of each."""
     memory, workload, on_gpu = plan.memory, plan.workload, plan.device != "cpu"
     both = memory.gpu_bytes, memory.pinned_bytes + memory.host_bytes
@@ -130,6 +133,8 @@ def _memory_lines(plan: ShownPlan, fits: bool) -> list[str]:
     gpu, dram = map(format_bytes, both)
     if plan.gpu_memory_bytes is not None:
         gpu += f" of {format_bytes(plan.gpu_memory_bytes)}"
+    if dram_bytes:
+        dram += f" of {format_bytes(dram_bytes)}"
     lines = [f"{'fits' if fits else 'needs'}: {f'{gpu} GPU memory and ' if on_gpu else ''}{dram} DRAM"]
     if any(drafter):
         of_gpu, of_dram = (
