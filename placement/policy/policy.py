@@ -6,6 +6,7 @@ shard decides it.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,7 +129,7 @@ class Policy(Strict):
     @classmethod
     def load(cls, path_or_name: str | Path) -> "Policy":
         """Read a policy file, or a shipped policy by name. Raises PolicyError."""
-        path = Path(path_or_name)
+        path = Path(os.path.expanduser(path_or_name))
         if _is_file(path):
             if path.stat().st_size > MAX_BYTES:
                 raise PolicyError([f"{path}: the file is larger than {MAX_BYTES // 1024} KiB"])
