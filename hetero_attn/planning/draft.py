@@ -34,6 +34,7 @@ from placement.policy.fields import SPECULATIONS
 from placement.policy.policy import Policy
 from placement.solve.make_plan import BudgetError, plan_requested
 
+NGRAMS = "n-grams of prompt and answer"  # what drafts where no model does
 WIDTHS = (2, 4, 8, 16)  # rows of a pass, few of them: each is a recorded pass of its own
 MOST_PADDING = 1024  # rows of an embedding that stand for no token: models of one vocabulary are padded differently
 
@@ -74,7 +75,7 @@ class Drafted:
         """The same as lines of text, 80 columns wide at most; none where drafts are not wished for."""
         if self.rates is None:
             return [] if self.wish == "off" else [f"no drafts: {self.why_off}"]
-        who = "n-grams of prompt and answer"
+        who = NGRAMS
         if self.draft is not None:
             memory = self.draft.plan.memory
             dram = format_bytes(memory.host_bytes + memory.pinned_bytes)

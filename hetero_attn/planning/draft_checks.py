@@ -13,7 +13,7 @@ from hetero_attn.planning.options import LoadOptions
 from hetero_attn.spec.config import ModelConfig
 from placement.policy.fields import SPECULATIONS
 
-NAMED = "speculate names"  # how an error about a drafter begins
+NAMED = "speculate: the drafter"  # how an error about it begins
 READING = (CheckpointError, UnsupportedModelError, ConfigError)  # what reading a model's files may raise
 STATES_REMEMBER = "the model has layers whose state cannot forget a wrong draft"
 

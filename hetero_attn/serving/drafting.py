@@ -1,19 +1,21 @@
 """Load the model that drafts beside the one that answers, once it is certain that both mean the same by a token."""
 
+import warnings
 from concurrent.futures import Future
 
 from hetero_attn.engine.build import build_beside
 from hetero_attn.engine.engine import Engine
-from hetero_attn.planning.draft import Drafted
+from hetero_attn.planning.draft import NGRAMS, Drafted
 from hetero_attn.planning.draft_checks import named_as_drafter, other_vocabulary, sizes_differ
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.serving.draft_model import DraftModel
 from hetero_attn.serving.eagle.head import EagleHead, read_token_ids
-from hetero_attn.serving.progress import prepare_note
+from hetero_attn.serving.progress import drafter_note, prepare_note
 from hetero_attn.serving.text.files import has_tokenizer
 from hetero_attn.serving.text.tokenizer import Tokenizer
 from hetero_attn.speculation.speculator import DraftingModel, Speculator, make_speculator
+from placement import Plan
 
 SAMPLED_TOKENS = 2000
 
@@ -31,7 +33,10 @@ def load_speculator(
         if drafted.draft is not None:
             with named_as_drafter(drafted.wish):
                 model = _load_draft_model(drafted, engine, options, opening)
-        return make_speculator(drafted.wish, bool(engine.kv_cache.states), engine.report, model)
+        speculator = make_speculator(drafted.wish, bool(engine.kv_cache.states), engine.report, model)
+        if speculator is not None and options.progress:
+            drafter_note(NGRAMS if drafted.draft is None else drafted.draft.plan.model)
+        return speculator
     except BaseException:
         engine.close()
         raise
@@ -46,8 +51,19 @@ def _load_draft_model(
     if draft.config.eagle is not None:
         return _load_head(drafted, draft, engine, options)
     expect_same_tokens(drafted.planned, draft, opening)
+    _warn_of_short_context(draft.plan, engine.plan)
     own = build_beside(draft, engine, prepare_note if options.progress else lambda name: None)
     return DraftModel(own, engine.config.vocab_size, drafted.step_share)
+
+
+def _warn_of_short_context(small: Plan, large: Plan) -> None:
+    """Say where drafts will end before a text does."""
+    if small.max_context < large.max_context:
+        warnings.warn(
+            f"{small.model} drafts for the first {small.max_context} tokens of a text, its own context; that of "
+            f"{large.model} is {large.max_context}, and what is longer is answered without drafts",
+            stacklevel=5,
+        )
 
 
 def _load_head(drafted: Drafted, head: PlannedModel, engine: Engine, options: LoadOptions) -> EagleHead:

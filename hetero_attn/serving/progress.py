@@ -50,6 +50,11 @@ def requantised_note(found: "Requantised | None") -> None:
         _note(found.line())
 
 
+def drafter_note(name: str) -> None:
+    """Say who drafts."""
+    _note(f"drafts by {name}")
+
+
 def _note(text: str) -> None:
     """A line on stderr, past a bar; nothing where stderr is closed."""
     if sys.stderr is not None:

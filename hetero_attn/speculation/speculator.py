@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 NO_MATCH = "no drafts: the end of the text did not occur before"
+FIRST_ALONE = "no drafts: the answer has no token behind its first, which the prompt gives"
 NONE_MADE = "no drafts: what drafts had none, as where a text has outgrown its context"
 
 
@@ -32,7 +33,7 @@ class Speculation:
     widths: dict[Kind, Width] = field(default_factory=dict)
     drafted: int = 0
     accepted: int = 0
-    reason: str = ""
+    reason: str = FIRST_ALONE
 
 
 class Speculating(Protocol):
@@ -82,8 +83,7 @@ class Speculator:
 
     def forget(self, request: Speculating) -> None:
         """Let go of what is held for a request that has ended or waits again."""
-        if request.speculation is not None:
-            request.speculation.drafter.close()
+        self._speculation(request).drafter.close()  # one without any pass of drafts has a reason for that
 
     def close(self) -> None:
         """Release the model that drafts; idempotent."""

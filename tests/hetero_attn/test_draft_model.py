@@ -305,3 +305,14 @@ def test_what_a_benchmark_found_is_what_plans_count_on(paths, tmp_path, monkeypa
     assert "(measured)" in "\n".join(found.lines())
     kept_path(GUESSES, paths["large"]).write_text(json.dumps({"ngram": {"acceptance": 7.0, "share": 1.0}}))
     assert not settle_drafted(replace(wishes(paths, device="cpu"), speculate="ngram")).rates.guesses.is_measured
+
+
+def test_a_drafter_of_a_shorter_context_is_warned_of_and_said_to_have_made_none(paths, tmp_path):
+    sizes = {"layers": 1, "num_heads": 2, "hidden": 48, "seed": 3, "max_position_embeddings": 32}
+    short = make_checkpoint(tmp_path / "short", "llama", **sizes)
+    with pytest.warns(UserWarning, match="short drafts for the first 32 tokens of a text.*large is 64"):
+        llm = load(paths | {"short": short}, "short")
+    with llm:
+        (output,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=1, temperature=0.0))
+
+    assert output.metrics.drafts_reason.startswith("no drafts: the answer has no token behind its first")

@@ -226,7 +226,7 @@ def test_what_is_wrong_with_a_drafter_is_said_of_the_drafter(paths, tmp_path, wi
     with pytest.raises(kind, match=re.escape(words)) as error:
         settle_drafted(wishes(paths, speculate=wish(tmp_path)))
 
-    assert str(error.value).startswith("speculate names ") and "--gguf" not in str(error.value)
+    assert str(error.value).startswith("speculate: the drafter ") and "--gguf" not in str(error.value)
 
 
 def test_a_misspelt_way_to_draft_is_recognised(paths):
