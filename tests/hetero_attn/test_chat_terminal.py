@@ -4,7 +4,6 @@ import os
 import re
 import select
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hetero_attn.cli.talk.commands import HELP
+from tests.support.quick_python import quick_python
 
 pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +48,7 @@ class Terminal:
         settings = {"TERM": "xterm", "XDG_STATE_HOME": str(folder), "PROMPT_TOOLKIT_NO_CPR": "1"}
         settings["PYTHONPATH"] = str(ROOT)
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "hetero_attn", *arguments], cwd=folder, env=os.environ | settings,
+            quick_python("-m", "hetero_attn", *arguments), cwd=folder, env=os.environ | settings,
             stdin=its_end, stdout=its_end, stderr=its_end, start_new_session=True,
         )  # fmt: skip
         os.close(its_end)
