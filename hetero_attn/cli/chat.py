@@ -127,6 +127,8 @@ def screen() -> WordWrap:
 
 def banner(llm: LLM) -> str:
     """What answers: model, dtype, context, where it runs and how fast the plan expects it to be."""
+    from placement.plan.words import cpu_threads
+
     plan = llm.plan
     speed = ""
     if plan.predicted is not None and plan.device != "emulated":  # whose rates are invented
@@ -136,7 +138,7 @@ def banner(llm: LLM) -> str:
     return (
         f"{plan.model}: {plan.workload.weight_dtype} weights, {plan.workload.kv_dtype} cache, context "
         f"{plan.max_context}, "
-        f"on {plan.device} with {plan.num_threads} CPU threads{speed}\n{GREETING}"
+        f"on {plan.device} with {cpu_threads(plan.num_threads)}{speed}\n{GREETING}"
     )
 
 

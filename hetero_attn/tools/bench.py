@@ -31,7 +31,7 @@ from placement.cost.model import predict
 from placement.plan.columns import Column, fitting_table
 from placement.plan.phase import PhaseCost
 from placement.plan.warm import expert_slot_hits
-from placement.plan.words import wrapped
+from placement.plan.words import cpu_threads, wrapped
 
 EMULATED_NOTE = (
     "an emulated GPU is no GPU: `predicted` is for its invented rates, and no error against them means anything"
@@ -86,7 +86,7 @@ class BenchReport:
         """Plain text for people; a table has the columns that have room, `to_dict` all."""
         console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
         console.print(fitting_table(_columns(self.rows), width))
-        where = f"on {self.device}, {self.num_threads} CPU threads"
+        where = f"on {self.device}, {cpu_threads(self.num_threads)}"
         notes = [EMULATED_NOTE] * self.device.startswith("emulated") + [DEPTH_NOTE] * self.has_depth
         lines = [*notes, *(line for row in self.rows for line in term_lines(row.name, row.terms))]
         for row in self.rows:

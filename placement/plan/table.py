@@ -21,7 +21,7 @@ from placement.plan.phase import RESOURCE_WORDS, Prediction
 from placement.plan.rows import SOME, PlanRow, plan_rows, shown_rows
 from placement.plan.units import digits, format_bytes
 from placement.plan.warm import expert_slots_line
-from placement.plan.words import wrapped
+from placement.plan.words import cpu_threads, wrapped
 from placement.plan.workload import NUM_ROW_TIERS, Workload
 
 COLUMNS = ("shard", "count", "units", "GPU home", "decode g/s/c", "prefill g/s/c", "GPU bytes", "DRAM bytes")
@@ -74,8 +74,7 @@ def plan_table(plan: ShownPlan, width: int) -> str:
     budget = f", GPU memory budget {format_bytes(plan.gpu_memory_bytes)}" if plan.gpu_memory_bytes is not None else ""
     say(
         f"{plan.model} on {plan.device}{budget}, context {plan.max_context}, batch {plan.max_batch}, "
-        f"{plan.workload.weight_dtype} weights, {plan.workload.kv_dtype} KV, "
-        f"{plan.num_threads} CPU threads"
+        f"{plan.workload.weight_dtype} weights, {plan.workload.kv_dtype} KV, " + cpu_threads(plan.num_threads)
     )
     is_wide = _is_wide(plan, width)
     console.print(_placements(plan, is_wide))

@@ -21,3 +21,8 @@ def wrapped(line: str, width: int) -> str:
         break_on_hyphens=False,
     )
     return text.replace(BOUND, " ")
+
+
+def cpu_threads(count: int) -> str:
+    """A number of threads of the CPU lane, in words."""
+    return f"{count} CPU thread{'' if count == 1 else 's'}"

@@ -98,7 +98,7 @@ def plan_of(result: dict[str, Any]) -> Plan:
             kv |= {f"layers.{layer}.kv": (groups, tokens) for layer in range(first, last + 1)}
     placements = [_placement(shard.name, shard.units, linears[shard.name]) for shard in workload.linears]
     cache = [KvPlacement(shard.name, *kv[shard.name], shard.kv_heads) for shard in workload.kv]
-    threads = int(re.search(r"(\d+) CPU threads", result["plan"])[1])
+    threads = int(re.search(r"(\d+) CPU threads?", result["plan"])[1])
     return build_plan(
         workload,
         placements,
