@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from placement.cost.baselines import everything_bytes, largest_layer_split, layer_split
 from placement.cost.model import predict
@@ -67,21 +68,19 @@ def gains(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: P
     device, budget = plan.device, plan.gpu_memory_bytes
     more = policy.model_copy(update={"threads": plan.num_threads + 1})
 
-    def traded(found: Plan) -> str:
-        return _traded(plan, found, hardware)
-
+    traded = partial(_traded, plan, hardware)
     if device != "cpu":
         yield _estimate("1 GiB more GPU memory", workload, hardware, policy, device, budget + GIB, traded)
         faster = replace(
             hardware, h2d_bytes_per_s=2 * hardware.h2d_bytes_per_s, d2h_bytes_per_s=2 * hardware.d2h_bytes_per_s
         )
-        yield _estimate("PCIe twice as fast", workload, faster, policy, device, budget, traded)
+        yield _estimate("PCIe twice as fast", workload, faster, policy, device, budget, partial(_traded, plan, faster))
     yield _estimate("one more CPU thread", workload, hardware, more, device, budget, traded)
 
 
-def _traded(plan: Plan, found: Plan, hardware: HardwareProfile) -> str:
+def _traded(plan: Plan, hardware: HardwareProfile, found: Plan) -> str:
     """For what a plan with more of something gave up speed in both of the figures that are shown; empty where it did
-    not. Both are predicted on the machine as it is, but for its threads, so that only the plans differ."""
+    not. Both are predicted on one machine, that with the faster bus too, but for its threads: only the plans differ."""
     before, after = plan.predicted, found.predicted
     pairs = (before.decode, after.decode), (before.prefill, after.prefill)
     if any(now.tokens_per_s >= then.tokens_per_s * (1 - SAME) for then, now in pairs):
