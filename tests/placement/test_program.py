@@ -8,7 +8,6 @@ import scipy.optimize
 
 from placement.solve.native_output import without_native_output
 from placement.solve.program import Program
-from tests.support.solved import Solved
 
 
 def one_variable() -> Program:
@@ -43,19 +42,3 @@ def test_output_is_back_after_an_error(capfd):
     os.write(1, b"after\n")
 
     assert "after\n" == capfd.readouterr().out
-
-
-def test_what_tests_keep_of_the_solver_is_its_answer_to_that_very_program(tmp_path, monkeypatch):
-    asked = []
-
-    def solve(program, whole_numbers):
-        asked.append(program)
-        return None if program.lower == [1.0] else [program.lower[0], 0.1 + 0.2]
-
-    monkeypatch.setattr(Program, "solve", solve)
-    programs = [Program(lower=[lower]) for lower in (0.0, 1.0, 2.0)]
-    found = [[solved.solve(program, True) for program in programs] for solved in (Solved(tmp_path), Solved(tmp_path))]
-
-    assert found == 2 * [[[0.0, 0.1 + 0.2], None, [2.0, 0.1 + 0.2]]]
-    assert asked == programs
-    assert Solved(tmp_path).solve(programs[0], False) == [0.0, 0.1 + 0.2] and len(asked) == 4
