@@ -9,12 +9,13 @@ is shared like any other.
 Which experts and how many rows are memory contents: a recorded call follows whatever the router has written.
 """
 
-from cpu_kernels.formats import GROUP_INPUTS
+from cpu_kernels.formats import GROUP_INPUTS, WeightFormat
 from cpu_kernels.linear.dot_blocks import line_of
 from cpu_kernels.linear.dot_kernel import keep_rounded, keep_widened, padded_row_bytes, rows_over_range
-from cpu_kernels.linear.q_kernel import groups_times_panel, panels_over_range
+from cpu_kernels.linear.panels import panels_over_range, spread_area
+from cpu_kernels.linear.q_kernel import groups_times_panel
 from cpu_kernels.linear.records import panel_of, row_quantiser
-from cpu_kernels.linear.sizes import RECORD_BYTES, SEGMENT_GROUPS
+from cpu_kernels.linear.sizes import RECORD_BYTES, SEGMENT_GROUPS, SPREAD_ROWS
 from cpu_kernels.team.arguments import EXPERT_LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
 from cpu_kernels.vectors.compiler import helper
@@ -112,13 +113,13 @@ def shared_ranges(multiply):
     return over_ranges
 
 
-def further_panel(isa: Isa, weight_dtype: str, rows: int):
+def further_panel(isa: Isa, item: WeightFormat, rows: int):
     """Function: 16 output features of `rows` rows over groups that follow, if `goes_on`, those that are in `out`.
 
     A sum is one chain over all groups, so that its bits depend on no piece of them (gpu_kernels/experts/ordered.py).
     """
     begin, store = sums_so_far(rows), finish_features(rows)
-    over_groups = groups_times_panel(isa, weight_dtype, rows)
+    over_groups = groups_times_panel(isa, item, rows)
 
     @helper
     def multiply(weight, record, groups, bias, out, out_stride, goes_on, kept):
@@ -158,13 +159,15 @@ def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
         return records
 
     @helper
-    def multiply(arguments, records, expert, place, picks, start, stop):
-        over_rows(arguments, records, weight_of(arguments, expert), place, picks, start, stop)
+    def multiply(arguments, prepared, expert, place, picks, start, stop):
+        records, area = prepared
+        area = area if picks >= SPREAD_ROWS else 0
+        over_rows(arguments, records, weight_of(arguments, expert), place, picks, start, stop, area)
 
     over_ranges = shared_ranges(multiply)
 
     def kernel(arguments, thread):
-        over_ranges(arguments, quantize(arguments), tile)
+        over_ranges(arguments, (quantize(arguments), spread_area(arguments, thread)), tile)
 
     return kernel
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from cpu_kernels.checks import check_tensor, expect
 from cpu_kernels.contract import Picks
 from cpu_kernels.formats import BLOCK_FEATURES, GROUP_INPUTS, Segment, format_of, segments, unit_blocks, unit_bytes
-from cpu_kernels.linear.op import piece_inputs
+from cpu_kernels.linear.op import piece_inputs, with_spread_area
 from cpu_kernels.linear.sizes import RANGE_BYTES, RECORD_BYTES, STREAM_ROWS
 from cpu_kernels.team.arguments import EXPERT_LINEAR
 from cpu_kernels.team.team import Team
@@ -60,10 +60,11 @@ def expert_linear(team: Team, x: Tensor, picks: Picks, weight: Tensor, weight_dt
 def _run(team: Team, x: Tensor, picks: Picks, weight: Tensor, part: Segment, run: int, out: Tensor) -> None:
     """One segment of every unit of every expert."""
     name, (count, features), in_features = part.format.name, out.shape, x.shape[1]
-    block_bytes = part.block_bytes
+    block_bytes, used_bytes = part.block_bytes, scratch_bytes(team.isa, name, count, in_features)
+    size, spread = with_spread_area(team.isa, name, count, used_bytes, team.num_threads)
     team.run(
         kernel_of(team.isa, name, count),
-        scratch_bytes(team.isa, name, count, in_features),
+        size,
         *EXPERT_LINEAR.filled(
             x=x.data_ptr(),
             x_row=4 * x.stride(0),
@@ -81,6 +82,7 @@ def _run(team: Team, x: Tensor, picks: Picks, weight: Tensor, part: Segment, run
             out=out.data_ptr() + 4 * BLOCK_FEATURES * part.first_block,
             out_row=4 * out.stride(0),
             piece=in_features if count <= STREAM_ROWS else piece_inputs(team.isa, name),
+            spread=spread,
             smallest=max(1, RANGE_BYTES // block_bytes if block_bytes else 1),
             threads=team.num_threads,
             run=run,

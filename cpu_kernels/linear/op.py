@@ -18,11 +18,14 @@ from cpu_kernels.formats import (
     unit_blocks,
     unit_bytes,
 )
+from cpu_kernels.linear.forms.spread import is_spread
 from cpu_kernels.linear.sizes import (
     FILLED_ROWS,
     PIECE_INPUTS,
     RANGE_BYTES,
     RECORD_BYTES,
+    SPREAD_BYTES,
+    SPREAD_ROWS,
     STREAM_ROWS,
     WIDE_PIECE_INPUTS,
 )
@@ -66,6 +69,14 @@ def kernel_of(isa: Isa, weight_dtype: str, rows: int) -> tuple[tuple[str, str], 
     return kernel, (4, 4)
 
 
+def with_spread_area(isa: Isa, weight_dtype: str, rows: int, used_bytes: int, threads: int) -> tuple[int, int]:
+    """(working memory, where in it, behind what is used, codes are spread or 0) of a call of so many rows."""
+    if rows < SPREAD_ROWS or not is_spread(isa, format_of(weight_dtype)):
+        return used_bytes, 0
+    spread = -(-used_bytes // LINE_BYTES) * LINE_BYTES
+    return spread + threads * SPREAD_BYTES, spread
+
+
 def piece_inputs(isa: Isa, weight_dtype: str) -> int:
     """Inputs that panels of rows are multiplied with at a time."""
     is_wide = weight_dtype in ("fp32", "fp16") or weight_dtype == "bf16" and not isa.has_bf16
@@ -73,21 +84,26 @@ def piece_inputs(isa: Isa, weight_dtype: str) -> int:
 
 
 class Call(NamedTuple):
-    """What a call is by its shape alone: its kernel, as Team.run takes it, its working memory, the inputs that panels
-    of rows are multiplied with at a time, and whether its rows are one panel."""
+    """What a call is by its shape alone: its kernel, as Team.run takes it, its working memory and where in it codes are
+    spread, the inputs that panels of rows are multiplied with at a time, and whether its rows are one panel."""
 
     kernel: tuple
     scratch_bytes: int
+    spread: int
     piece: int
     is_one_panel: bool
 
 
 @lru_cache(maxsize=1024)
-def _call_of(isa: Isa, weight_dtype: str, rows: int, in_features: int) -> Call:
+def _call_of(isa: Isa, threads: int, weight_dtype: str, rows: int, in_features: int) -> Call:
     kernel, tile = kernel_of(isa, weight_dtype, rows)
+    size, spread = with_spread_area(
+        isa, weight_dtype, rows, scratch_bytes(isa, weight_dtype, rows, in_features), threads
+    )
     return Call(
         kernel=(*kernel, isa, weight_dtype, *tile),
-        scratch_bytes=scratch_bytes(isa, weight_dtype, rows, in_features),
+        scratch_bytes=size,
+        spread=spread,
         piece=in_features if rows <= STREAM_ROWS else piece_inputs(isa, weight_dtype),
         is_one_panel=is_one_panel(weight_dtype, rows, tile[-1]),
     )
@@ -134,7 +150,7 @@ def _run(team: Team, operands: Operands, part: Segment, run: int) -> None:
     x, weight, bias, out, accumulate = operands
     name, (rows, in_features) = part.format.name, x.shape
     num_blocks, block_bytes = weight.shape[0] * part.blocks, part.block_bytes
-    call = _call_of(team.isa, name, rows, in_features)
+    call = _call_of(team.isa, team.num_threads, name, rows, in_features)
     first_out = LINE_BYTES * part.first_block  # 16 float32
     team.run(
         call.kernel,
@@ -152,6 +168,7 @@ def _run(team: Team, operands: Operands, part: Segment, run: int) -> None:
             out_row=4 * out.stride(0),
             accumulate=int(accumulate),
             piece=call.piece,
+            spread=call.spread,
             smallest=max(1, min(RANGE_BYTES // block_bytes if block_bytes else 1, -(-num_blocks // team.num_threads))),
             # Ranges of several panels of rows stay in cache.
             parts=2 * team.num_threads if call.is_one_panel else num_blocks,

@@ -6,14 +6,15 @@ blocks; for each, every panel of rows passes over the block's superblocks. Dot p
 the 16 features of a block are the 16 lanes, so nothing is ever summed across lanes.
 """
 
-from collections.abc import Callable
 from functools import reduce
 
 from numba import types
 
-from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, format_of
+from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat, format_of
 from cpu_kernels.formats.weights import SUPERBLOCK_LINES
+from cpu_kernels.linear.forms.spread import SPREAD_PLANES
 from cpu_kernels.linear.forms.step import form_step, header_ahead
+from cpu_kernels.linear.panels import panels_over_range, spread_area
 from cpu_kernels.linear.records import panel_of, row_quantiser
 from cpu_kernels.linear.sizes import FILLED_ROWS, RECORD_BYTES, SEGMENT_GROUPS
 from cpu_kernels.team.arguments import LINEAR
@@ -39,25 +40,25 @@ from cpu_kernels.vectors.vector import (
     splat_value,
 )
 
-PanelFactory = Callable[[Isa, str, int], Callable]
-
 ROW_AHEAD_BYTES = 1536  # ahead of the weight stream, of one row on AVX2
 AHEAD_BYTES = 2048  # ahead of the weight stream, of a few rows
 FAR_AHEAD_BYTES = 6144  # where the dot products are: 8 rows of q8 gain a half, 4 of q4 as much, fewer rows lose a third
 FAR_ROWS = {"q8": 8}  # from so many rows on they are; 4 for the others
 
 
-def ahead_bytes(isa: Isa, weight_dtype: str, rows: int) -> int:
+def ahead_bytes(isa: Isa, item: WeightFormat, rows: int) -> int:
     """How far ahead of the weight stream is asked for, 0 for nothing.
 
     One row is as fast as its lines come, and what is asked for 2 KB ahead holds the first level's few miss buffers
     longer than the CPU's own streams do: on Zen 4 without them a thread reads q5_k at 24 instead of 15 GB/s. CPUs that
     have AVX2 alone are older: a Zen 3 that asks 1.5 KB ahead reads the same at 94 % of a sweep, 68 % without; whole
-    bytes, whose lines follow each other, as fast without.
+    bytes, whose lines follow each other, as fast without. Codes that were spread are in the cache.
     """
+    if item.plane in SPREAD_PLANES.values():
+        return 0
     if rows == 1:
-        return ROW_AHEAD_BYTES if isa.name == "avx2" and format_of(weight_dtype).plane != "i8" else 0
-    return FAR_AHEAD_BYTES if rows >= FAR_ROWS.get(weight_dtype, 4) else AHEAD_BYTES
+        return ROW_AHEAD_BYTES if isa.name == "avx2" and item.plane != "i8" else 0
+    return FAR_AHEAD_BYTES if rows >= FAR_ROWS.get(item.name, 4) else AHEAD_BYTES
 
 
 def superblock(isa: Isa, weight_dtype: str, rows: int):
@@ -74,7 +75,7 @@ def superblock(isa: Isa, weight_dtype: str, rows: int):
         return b.fpext(load_as(b, weight, VHALF, offset), VF32)
 
     def ahead(b, weight):
-        distance = ahead_bytes(isa, weight_dtype, rows)
+        distance = ahead_bytes(isa, format_of(weight_dtype), rows)
         for line in range(SUPERBLOCK_LINES[weight_dtype] if distance else 0):
             prefetch_value(b, weight, distance + LINE_BYTES * line)
 
@@ -129,10 +130,10 @@ def superblock(isa: Isa, weight_dtype: str, rows: int):
     return {"q4": superblock_q4, "q8": superblock_q8}[weight_dtype]
 
 
-def block_times_panel(isa: Isa, weight_dtype: str, rows: int):
+def block_times_panel(isa: Isa, item: WeightFormat, rows: int):
     """Function: 16 output features of `rows` rows, over `groups` of 64 inputs from the start of a superblock on."""
     start, store = zeros(rows), finish_features(rows)
-    over_groups = groups_times_panel(isa, weight_dtype, rows)
+    over_groups = groups_times_panel(isa, item, rows)
 
     @helper
     def multiply(weight, record, groups, bias, out, out_stride, accumulate, kept):
@@ -141,14 +142,13 @@ def block_times_panel(isa: Isa, weight_dtype: str, rows: int):
     return multiply
 
 
-def groups_times_panel(isa: Isa, weight_dtype: str, rows: int):
+def groups_times_panel(isa: Isa, item: WeightFormat, rows: int):
     """Function (sums, weight, record, groups) -> sums, each group added to those of the groups before it."""
-    item = format_of(weight_dtype)
     record_bytes = rows * RECORD_BYTES
     superblock_bytes, header_bytes = item.superblock_bytes, item.header_lines * LINE_BYTES
     together, group_bytes = item.group_inputs // GROUP_INPUTS, item.code_lines * LINE_BYTES
-    if weight_dtype in ("q4", "q8"):
-        step = superblock(isa, weight_dtype, rows)
+    if item.name in ("q4", "q8"):
+        step = superblock(isa, item.name, rows)
 
         @helper
         def add_groups(sums, weight, record, groups):
@@ -157,7 +157,7 @@ def groups_times_panel(isa: Isa, weight_dtype: str, rows: int):
             return sums
 
         return add_groups
-    ahead = ahead_bytes(isa, weight_dtype, rows)
+    ahead = ahead_bytes(isa, item, rows)
     step_of_form, ask_for_header = form_step(isa, item, rows, ahead), header_ahead(item, ahead)
 
     @helper
@@ -174,56 +174,6 @@ def groups_times_panel(isa: Isa, weight_dtype: str, rows: int):
         return sums
 
     return add_groups_of_form
-
-
-def panels_over_range(isa: Isa, weight_dtype: str, tile: int, panel: PanelFactory, filled: int):
-    """Function: a range of blocks times rows in panels of up to `tile`, piece after piece of the inputs.
-
-    panel: makes the function (weight, record, groups, bias, out, out_stride, add_to, kept) of so many rows. filled:
-    as in `panel_of`. place: of the first row, in the records and in out. start, stop: blocks of `weight`. The call's
-    words are those that both kinds of linear have.
-    """
-    item = format_of(weight_dtype)
-    multiply_8, multiply_4, multiply_2, multiply_1 = (
-        panel(isa, weight_dtype, min(rows, tile)) for rows in (8, 4, 2, 1)
-    )
-    superblock_bytes, together = item.superblock_bytes, item.group_inputs // GROUP_INPUTS
-
-    @helper
-    def multiply(arguments, records, weight, place, rows, start, stop):
-        block_bytes, bias = parameter(arguments, LINEAR.block_bytes), parameter(arguments, LINEAR.bias)
-        out, out_stride = parameter(arguments, LINEAR.out), parameter(arguments, LINEAR.out_row)
-        run, weight_run, out_run = (
-            parameter(arguments, LINEAR.run),
-            parameter(arguments, LINEAR.weight_run),
-            parameter(arguments, LINEAR.out_run),
-        )
-        groups = (parameter(arguments, LINEAR.in_features) + GROUP_INPUTS - 1) // GROUP_INPUTS
-        piece = (parameter(arguments, LINEAR.piece) + GROUP_INPUTS - 1) // GROUP_INPUTS
-        for first in range(0, groups, piece):
-            count, add_to = least(piece, groups - first), 1 if first else parameter(arguments, LINEAR.accumulate)
-            row = 0
-            while row < rows:
-                size = panel_of(row, rows, tile, filled)[1]
-                kept = least(size, rows - row)
-                record = records + ((place + row) * groups + size * first) * RECORD_BYTES
-                for block in range(start, stop):
-                    unit, inside = block // run, block % run
-                    w = weight + unit * weight_run + inside * block_bytes + first // together * superblock_bytes
-                    column = unit * out_run + LINE_BYTES * inside
-                    to = out + (place + row) * out_stride + column
-                    offset = bias + column if bias and first == 0 else 0
-                    if size == 8:
-                        multiply_8(w, record, count, offset, to, out_stride, add_to, kept)
-                    elif size == 4:
-                        multiply_4(w, record, count, offset, to, out_stride, add_to, kept)
-                    elif size == 2:
-                        multiply_2(w, record, count, offset, to, out_stride, add_to, kept)
-                    else:
-                        multiply_1(w, record, count, offset, to, out_stride, add_to, kept)
-                row += size
-
-    return multiply
 
 
 def linear_q(isa: Isa, weight_dtype: str, tile: int):
@@ -258,12 +208,13 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
 
     def kernel(arguments, thread):
         quantize(arguments)
+        area = spread_area(arguments, thread)
         records, weight = parameter(arguments, LINEAR.scratch), parameter(arguments, LINEAR.weight)
         rows, num_blocks = parameter(arguments, LINEAR.rows), parameter(arguments, LINEAR.num_blocks)
         smallest, parts = parameter(arguments, LINEAR.smallest), parameter(arguments, LINEAR.parts)
         start, stop = take_range(arguments, 1, num_blocks, smallest, parts)
         while start < stop:
-            multiply(arguments, records, weight, 0, rows, start, stop)
+            multiply(arguments, records, weight, 0, rows, start, stop, area)
             start, stop = take_range(arguments, 1, num_blocks, smallest, parts)
 
     return kernel

@@ -8,3 +8,5 @@ RANGE_BYTES = 128 << 10  # fewest weight bytes handed out at a time: short enoug
 STREAM_ROWS = 16  # up to here a block is read whole, as one stream; above, inputs go in pieces that stay in cache
 PIECE_INPUTS = 4096  # inputs per piece: a panel of rows and a block of weights stay in the first two levels
 WIDE_PIECE_INPUTS = 1024  # the same where inputs are float32: a panel of six rows takes 24 KiB
+SPREAD_ROWS = 64  # from so many rows on codes are spread to bytes before they are multiplied (forms/spread.py)
+SPREAD_BYTES = 192 << 10  # working memory of a thread for it: two blocks of a piece or more, in the second level

@@ -35,10 +35,11 @@ def block(name: str, *words: str) -> Any:
 # piece: inputs that panels of rows are multiplied with at a time. smallest: fewest blocks of a range; parts: what the
 # remaining blocks are divided into for the next one. A format has one run of blocks; of a mix, whose units have blocks
 # of several formats, each format is a call of its own with one run a unit: run is its blocks, weight_run and out_run
-# lead from one to the next. bias: 0 for none.
+# lead from one to the next. bias: 0 for none. spread: where in the working memory codes are spread to bytes, 0 for
+# nowhere.
 _LINEAR = (
     "x x_row in_features weight num_blocks block_bytes bias out out_row accumulate",
-    "piece smallest run weight_run out_run",
+    "piece smallest run weight_run out_run spread",
 )
 LINEAR = block("LINEAR", *_LINEAR, "rows parts")  # what both read is in the same places
 # sources: 0 where a pick's input is the row of its place. first, count: the experts that `weight` holds, one every

@@ -61,7 +61,7 @@ def code_words(isa: Isa, item: WeightFormat, b, lines, table: tuple[int, ...]) -
         return b.and_(shifted(line(k // 2), -4 * (k % 2)), constant(VI32, NIBBLES))
 
     def word(k: int):
-        if item.plane in ("i8", "f8"):
+        if item.plane in ("i8", "f8", "b4", "b5", "b6", "bt"):
             return line(k)
         if item.plane == "t4":
             return look_up(isa, b, table, nibble(k))
