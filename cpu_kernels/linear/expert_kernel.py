@@ -24,6 +24,8 @@ from cpu_kernels.vectors.scalar import least, load_i32, most
 from cpu_kernels.vectors.tiles import finish_features, sums_so_far
 from cpu_kernels.vectors.vector import load_f32_tail, store_f32_tail
 
+LEAST_PIECES = 32  # of a thread's share, where an expert has more rows than a panel
+
 
 @helper
 def expert_of(starts, first, count, place):
@@ -61,6 +63,13 @@ def busy_experts(starts, first, count):
 
 
 @helper
+def fair_range(blocks, work, largest, threads):
+    """At most so many blocks that a range of the expert with most picks, which may be handed out last, is a small piece
+    of a thread's share; work: picks times blocks of all experts."""
+    return max(1, min(blocks, work // (LEAST_PIECES * threads * largest)))
+
+
+@helper
 def next_busy(starts, e):
     """The first expert from e on that has picks; there is one."""
     while load_i32(starts + 4 * e + 4) == load_i32(starts + 4 * e):
@@ -90,8 +99,10 @@ def shared_ranges(multiply):
             parameter(arguments, EXPERT_LINEAR.threads),
         )
         busy, largest = busy_experts(starts, first, count)
-        total = busy * num_blocks
+        total, picks = busy * num_blocks, load_i32(starts + 4 * (first + count)) - load_i32(starts + 4 * first)
         smallest = most(1, least(parameter(arguments, EXPERT_LINEAR.smallest), (total + threads - 1) // threads))
+        if largest > tile:
+            smallest = fair_range(smallest, picks * num_blocks, largest, threads)
         parts = most(1, 2 * threads if largest <= tile else total)
         before, e = 0, first  # experts with picks before e; ranges come in order
         start, stop = take_range(arguments, 1, total, smallest, parts)
