@@ -4,6 +4,7 @@ import heapq
 import math
 import mmap
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,9 +29,10 @@ def host_empty(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.T
     if size < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return fresh_memory(shape, dtype)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_NOHUGEPAGE, 0, HUGE_PAGE_BYTES)
-    if size > HUGE_PAGE_BYTES:
-        pages.madvise(mmap.MADV_HUGEPAGE, HUGE_PAGE_BYTES)
+    with suppress(OSError):  # a system that was built without huge pages takes no advice on them
+        pages.madvise(mmap.MADV_NOHUGEPAGE, 0, HUGE_PAGE_BYTES)
+        if size > HUGE_PAGE_BYTES:
+            pages.madvise(mmap.MADV_HUGEPAGE, HUGE_PAGE_BYTES)
     return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
 
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from hetero_attn.cli.shell.collector import collector_at_rest
-from hetero_attn.cli.shell.light_import import without_source_text
 
 if TYPE_CHECKING:
     from hetero_attn import LLM
@@ -147,8 +146,7 @@ class Loading:
     def llm(self, model: str, **more: Any) -> LLM:
         """Load a model, with more arguments of `LLM`; says on stderr what takes time. Raises what `LLM` raises."""
         with collector_at_rest():
-            with without_source_text():
-                from hetero_attn import LLM
+            from hetero_attn import LLM
 
             return LLM(model, progress=True, **self.arguments() | more)
 

@@ -10,6 +10,7 @@
 """
 
 import errno
+import mmap
 import os
 import random
 import subprocess
@@ -226,3 +227,18 @@ def test_the_first_tokens_of_a_cache_take_no_huge_page_in_every_layer():
     for pages in layers:
         pages[:2048] = 1
     assert resident_bytes() - before < len(layers) << 18, "of huge pages it would be 2 MiB a layer"
+
+
+class WithoutHugePages(mmap.mmap):
+    """Memory of a system that was built without them."""
+
+    def madvise(self, *advice):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+
+def test_a_system_without_huge_pages_has_caches_too(monkeypatch):
+    monkeypatch.setattr(mmap, "mmap", WithoutHugePages)
+    pages = host_empty((3 << 20, 2), torch.float32, "kv")
+    pages[-1] = 1.0
+
+    assert pages[-2:].tolist() == [[0.0, 0.0], [1.0, 1.0]]
