@@ -140,7 +140,7 @@ class PairSum(WidenedSum):
 
     def __init__(self, how: CodeSums, b, start, factor):
         super().__init__(how, b, start, factor)
-        self._shorts, self._held = None, 0
+        self._shorts, self._held = [], 0
 
     def growing(self):
         """See WidenedSum."""
@@ -184,7 +184,7 @@ class PairSum(WidenedSum):
 
     def _flush(self) -> None:
         self._widen(self._shorts)
-        self._shorts, self._held = None, 0
+        self._shorts, self._held = [], 0
 
 
 class MagnitudeSum(WidenedSum):
