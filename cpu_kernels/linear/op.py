@@ -18,7 +18,6 @@ from cpu_kernels.formats import (
     unit_blocks,
     unit_bytes,
 )
-from cpu_kernels.linear.forms.spread import is_spread
 from cpu_kernels.linear.sizes import (
     FILLED_ROWS,
     PIECE_INPUTS,
@@ -28,6 +27,7 @@ from cpu_kernels.linear.sizes import (
     SPREAD_ROWS,
     STREAM_ROWS,
     WIDE_PIECE_INPUTS,
+    is_spread,
 )
 from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.team import Team

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat, format_of
-from cpu_kernels.linear.forms.spread import block_spreader, is_spread, spread_format
+from cpu_kernels.linear.forms.spread import block_spreader, spread_format
 from cpu_kernels.linear.records import panel_of
-from cpu_kernels.linear.sizes import RECORD_BYTES, SPREAD_BYTES
+from cpu_kernels.linear.sizes import RECORD_BYTES, SPREAD_BYTES, is_spread
 from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.chunks import parameter
 from cpu_kernels.vectors.compiler import helper

@@ -1,4 +1,7 @@
-"""Sizes that the linear kernels and their wrappers share."""
+"""Sizes and choices that the linear kernels and their wrappers share; the wrappers import no compiler."""
+
+from cpu_kernels.formats import WeightFormat
+from cpu_kernels.vectors.isa import Isa
 
 RECORD_BYTES = 76  # one row's share of a quantised input record: 64 int8, a float32 scale, two 4-byte corrections
 FILLED_ROWS = {"q8": 3}  # rows of a panel that are computed for nothing where a second panel takes longer; else 1
@@ -10,3 +13,11 @@ PIECE_INPUTS = 4096  # inputs per piece: a panel of rows and a block of weights 
 WIDE_PIECE_INPUTS = 1024  # the same where inputs are float32: a panel of six rows takes 24 KiB
 SPREAD_ROWS = 64  # from so many rows on codes are spread to bytes before they are multiplied (forms/spread.py)
 SPREAD_BYTES = 192 << 10  # working memory of a thread for it: two blocks of a piece or more, in the second level
+SPREAD_PLANES = {"u4": "b4", "u5": "b5", "u6": "b6", "t4": "bt"}
+SPREAD_NIBBLES = ("S32", "SM32", "SZ32", "SI32")  # headers with which nibbles gain; sums of longer runs wait for less
+
+
+def is_spread(isa: Isa, item: WeightFormat) -> bool:
+    """Whether many rows of a format multiply its codes as bytes."""
+    gains = item.plane in SPREAD_PLANES and (item.plane != "u4" or item.header in SPREAD_NIBBLES)
+    return gains and isa.has_avx2

@@ -5,8 +5,8 @@ import torch
 
 from cpu_kernels.contract import Picks
 from cpu_kernels.formats import FORMATS, unit_bytes
-from cpu_kernels.linear.forms.spread import is_spread, spread_format
-from cpu_kernels.linear.sizes import SPREAD_BYTES, SPREAD_ROWS
+from cpu_kernels.linear.forms.spread import spread_format
+from cpu_kernels.linear.sizes import SPREAD_BYTES, SPREAD_ROWS, is_spread
 from cpu_kernels.vectors.isa import named
 from tests.support.covering import covering
 from tests.support.cpu_oracles import ISAS, guarded, kernels, only_inside_written, routing

@@ -11,20 +11,13 @@ from numba import types
 
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat
 from cpu_kernels.linear.forms.codes import code_words
+from cpu_kernels.linear.sizes import SPREAD_PLANES
 from cpu_kernels.vectors.code_sums import CodeSums
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.vector import emits, intp, load_line, store_as, store_line
 
-SPREAD_PLANES = {"u4": "b4", "u5": "b5", "u6": "b6", "t4": "bt"}
-SPREAD_NIBBLES = ("S32", "SM32", "SZ32", "SI32")  # headers with which nibbles gain; sums of longer runs wait for less
 WORDS = GROUP_INPUTS // 4
-
-
-def is_spread(isa: Isa, item: WeightFormat) -> bool:
-    """Whether many rows of a format multiply its codes as bytes."""
-    gains = item.plane in SPREAD_PLANES and (item.plane != "u4" or item.header in SPREAD_NIBBLES)
-    return gains and isa.has_avx2
 
 
 def spread_format(item: WeightFormat) -> WeightFormat:
