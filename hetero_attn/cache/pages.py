@@ -1,10 +1,9 @@
 """Pages of keys and values: the memory they are in, and one page as the sequences that share it see it."""
 
+import ctypes
 import heapq
-import math
 import mmap
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,15 +24,12 @@ def host_empty(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.T
     It begins with small pages. A prompt's first tokens lie at the beginning of every layer's memory, and there the
     system would clear a huge page for a few KB of each: 120 MB, and a third of a second, for 30 layers of any size.
     """
-    size = math.prod(shape) * dtype.itemsize
-    if size < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return fresh_memory(shape, dtype)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a system that was built without huge pages takes no advice on them
-        pages.madvise(mmap.MADV_NOHUGEPAGE, 0, HUGE_PAGE_BYTES)
-        if size > HUGE_PAGE_BYTES:
-            pages.madvise(mmap.MADV_HUGEPAGE, HUGE_PAGE_BYTES)
-    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
+    memory = fresh_memory(shape, dtype)
+    if memory.nbytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_NOHUGEPAGE"):
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        madvise(memory.data_ptr(), HUGE_PAGE_BYTES, mmap.MADV_NOHUGEPAGE)  # refused where there are no huge pages
+    return memory
 
 
 @dataclass(slots=True, eq=False)

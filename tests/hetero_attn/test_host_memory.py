@@ -9,6 +9,7 @@
 | plan of a model larger than the machine                          | a note on stderr                                       |
 """
 
+import ctypes
 import errno
 import mmap
 import os
@@ -22,6 +23,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from cpu_kernels import HUGE_PAGE_BYTES
 from cpu_kernels.team.cgroups import cpu_quota, free_memory_bytes, memory_limit_bytes
 from hetero_attn import LLM, cli, plan_model
 from hetero_attn.cache.pages import host_empty
@@ -229,16 +231,26 @@ def test_the_first_tokens_of_a_cache_take_no_huge_page_in_every_layer():
     assert resident_bytes() - before < len(layers) << 18, "of huge pages it would be 2 MiB a layer"
 
 
-class WithoutHugePages(mmap.mmap):
-    """Memory of a system that was built without them."""
+class WithoutHugePages:
+    """The C library of a system that was built without them."""
 
-    def madvise(self, *advice):
-        raise OSError(errno.EINVAL, "Invalid argument")
+    def __init__(self, *arguments, **options):
+        self.madvise = lambda *advice: -1
 
 
 def test_a_system_without_huge_pages_has_caches_too(monkeypatch):
-    monkeypatch.setattr(mmap, "mmap", WithoutHugePages)
+    monkeypatch.setattr(ctypes, "CDLL", WithoutHugePages)
     pages = host_empty((3 << 20, 2), torch.float32, "kv")
     pages[-1] = 1.0
 
     assert pages[-2:].tolist() == [[0.0, 0.0], [1.0, 1.0]]
+
+
+def test_a_system_that_knows_no_such_advice_has_caches_too(monkeypatch):
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    monkeypatch.delattr(mmap, "MADV_NOHUGEPAGE", raising=False)
+    assert host_empty((3 << 20, 2), torch.float32, "kv").shape == (3 << 20, 2)
+
+
+def test_a_cache_begins_at_a_huge_page_so_that_advice_is_of_all_of_it():
+    assert host_empty((5 << 20,), torch.uint8, "kv").data_ptr() % HUGE_PAGE_BYTES == 0
