@@ -13,7 +13,7 @@ from hetero_attn.serving.sampling import SampledToken, Sampler
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.serving.text.text_stream import TextStream
 from hetero_attn.speculation.forced import Forced
-from hetero_attn.speculation.speculator import Speculation
+from hetero_attn.speculation.speculator import FIRST_ALONE, Speculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,8 @@ class Request:
     did.
     priority: higher goes first. arrival: its number in the queue. replayed: how many generated tokens are computed once
     more, after the prompt, because the request was put back. scores: None, or where the logits of the prompt's tokens
-    are collected; such a request generates nothing. asked_at: `perf_counter` of the call.
+    are collected; such a request generates nothing. asked_at: `perf_counter` of the call. may_draft: whether
+    somebody drafts for requests; speculation: their drafts, None before the first pass that may have any.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -127,6 +128,7 @@ class Request:
     first_token_at: float = 0.0
     last_token_at: float = 0.0
     speculation: Speculation | None = None
+    may_draft: bool = False
     forced: Forced = field(default_factory=Forced)
 
     @property
@@ -238,7 +240,8 @@ class Request:
         first_s = self.first_token_at - self.asked_at if self.first_token_at else 0.0
         counts, spec = (len(self.prompt_token_ids), self.progress.tokens), self.speculation
         drafts = (0, 0) if spec is None else (spec.drafted, spec.accepted)
-        reason = "" if spec is None else spec.reason
+        alone = FIRST_ALONE if self.may_draft and self.progress.finish_reason is not None else ""
+        reason = alone if spec is None else spec.reason
         return Metrics(*counts, self.prefill_s, decode_s, self.reused, first_s, *drafts, self.forced.right, reason)
 
     def output(self) -> RequestOutput:

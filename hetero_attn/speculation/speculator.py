@@ -83,7 +83,8 @@ class Speculator:
 
     def forget(self, request: Speculating) -> None:
         """Let go of what is held for a request that has ended or waits again."""
-        self._speculation(request).drafter.close()  # one without any pass of drafts has a reason for that
+        if request.speculation is not None:
+            request.speculation.drafter.close()
 
     def close(self) -> None:
         """Release the model that drafts; idempotent."""
