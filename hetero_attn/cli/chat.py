@@ -127,14 +127,14 @@ def screen() -> WordWrap:
 
 def banner(llm: LLM) -> str:
     """What answers: model, dtype, context, where it runs and how fast the plan expects it to be."""
-    from placement.plan.words import cpu_threads
+    from placement.plan.words import cpu_threads, expected
 
     plan = llm.plan
     speed = ""
-    if plan.predicted is not None and plan.device != "emulated":  # whose rates are invented
+    if predicted := expected(plan.predicted, plan.device):
         from placement.plan.units import rounded_speed
 
-        speed = f", about {rounded_speed(plan.predicted.decode.tokens_per_s)} tokens/s expected"
+        speed = f", about {rounded_speed(predicted.decode.tokens_per_s)} tokens/s expected"
     return (
         f"{plan.model}: {plan.workload.weight_dtype} weights, {plan.workload.kv_dtype} cache, context "
         f"{plan.max_context}, "

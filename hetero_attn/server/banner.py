@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hetero_attn.server.settings import ServerSettings
 from placement.plan.units import format_bytes, rounded_speed
+from placement.plan.words import expected
 
 if TYPE_CHECKING:  # it needs torch, whose import would keep a server from answering while it loads
     from hetero_attn.llm import LLM
@@ -19,8 +20,8 @@ def banner(llm: LLM, settings: ServerSettings) -> str:
     plan, address = llm.plan, settings.address
     name, key = settings.served_name or plan.model, "KEY" if settings.api_key else "none"
     speed = ""
-    if plan.predicted is not None and plan.device != "emulated":  # whose rates are invented
-        phases = plan.predicted.prefill, plan.predicted.decode
+    if predicted := expected(plan.predicted, plan.device):
+        phases = predicted.prefill, predicted.decode
         prefill, decode = (rounded_speed(phase.tokens_per_s) for phase in phases)
         speed = f"\nexpected: {prefill} tokens/s of a prompt, {decode} tokens/s of an answer"
     return (

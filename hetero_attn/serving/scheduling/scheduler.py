@@ -69,8 +69,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request; no effect on one that is here or has ended."""
         if request.finish_reason is None and request not in self._waiting and request not in self._running:
-            request.arrival = next(self._arrivals)
-            request.may_draft = self.speculator is not None
+            request.arrival, request.may_draft = next(self._arrivals), self.speculator is not None
             insort(self._waiting, request, key=_rank)
 
     def abort(self, request: Request, error: HeteroError | None = None) -> None:
