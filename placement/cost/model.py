@@ -29,7 +29,8 @@ four.
 
 Expert slots (placement.cost.experts) take from cpu_i the share of the experts that they are expected to hold. No step
 waits for what is brought into them: that takes the time that the bus has left, and slows the CPU lane meanwhile. Where
-it has too little for those of a step, a batch of copies takes several steps, and the slots serve less.
+it has too little for those of a step, a batch of copies takes several steps, and the slots serve less: some batches
+take a step more than others, as many as the bus has time for.
 
 All coefficients are linear in units, KV heads and bytes, so the planner optimises exactly what is predicted here.
 """
@@ -41,7 +42,7 @@ from typing import NamedTuple
 
 from placement.cost.attention import attention_cost, attention_handovers
 from placement.cost.experts import expert_hits, inserted_experts
-from placement.cost.tally import Tally
+from placement.cost.tally import Tally, with_time_for_inserts
 from placement.cost.terms import (
     Call,
     LinearCost,
@@ -72,7 +73,7 @@ class PassCost(NamedTuple):
     overlapped_s: float
     lanes: dict[str, float]
     terms: dict[str, float]
-    batch_steps: int = 1
+    batch_steps: float = 1
 
 
 def pass_cost(
@@ -101,10 +102,14 @@ def layers_pass_cost(
 ) -> PassCost:
     """`pass_cost` of a placement whose different layers are known, for who asks it of several passes."""
 
+    before = None
     for batch_steps in BATCH_STEPS:
         tally = _tallied(Tally(workload, hardware, call, on_gpu, batch_steps), layers, with_head)
         if tally.has_time_for_inserts:
             break
+        before = tally
+    if before is not None and tally.has_time_for_inserts:
+        tally = with_time_for_inserts(before, tally)
     return _cost_of(tally, layers, with_head)
 
 
@@ -138,7 +143,7 @@ def _cost_of(tally: Tally, layers: Sequence[PlacedLayer], with_head: bool) -> Pa
     work = overlapped + lost * max(0.0, one_by_one - overlapped)
     not_hidden = max(0.0, queueing_s(workload, layers, call, hardware, on_gpu) - work)
     terms["step"] += not_hidden
-    return PassCost(work + not_hidden + step, overlapped + not_hidden + step, lanes, terms, tally.batch_steps)
+    return PassCost(work + not_hidden + step, overlapped + not_hidden + step, lanes, terms, tally.mean_steps)
 
 
 def _add_layer(tally: Tally, layer: PlacedLayer, with_head: bool) -> None:

@@ -12,13 +12,15 @@ from placement.plan.workload import Workload
 
 class Tally:
     """Seconds of a pass, by resource and by kind of work; kept apart, because their exact sum is the same whatever the
-    order of the layers. times: how often what is added is there. batch_steps: as in `PhaseCost`, as it is supposed."""
+    order of the layers. times: how often what is added is there. batch_steps: as in `PhaseCost`, as it is
+    supposed; mean_steps: as it is in the mean of passes of which some take more."""
 
     def __init__(
         self, workload: Workload, hardware: HardwareProfile, call: Call, on_gpu: bool, batch_steps: int
     ) -> None:
         self.workload, self.hardware, self.call, self.on_gpu = workload, hardware, call, on_gpu
         self.batch_steps = batch_steps
+        self.mean_steps: float = batch_steps
         self.times = 1
         self.lanes: dict[str, list[float]] = {name: [] for name in RESOURCES}
         self.terms: dict[str, list[float]] = {name: [] for name in TERMS}
@@ -33,9 +35,31 @@ class Tally:
     def has_time_for_inserts(self) -> bool:
         """Whether the bus, which has nothing else to do while other lanes work on, makes the copies into expert slots
         meanwhile."""
-        inserts_s = fsum(self.inserts_s)
-        lanes = {name: fsum(parts) for name, parts in self.lanes.items()} if inserts_s else {}
-        return not inserts_s or inserts_s <= max(lanes.values()) - lanes["pcie"]
+        return not self.inserts_s or min(self.late_s.values()) <= 0
+
+    @property
+    def late_s(self) -> dict[str, float]:
+        """How many seconds of the copies into expert slots the bus has no time for while each lane works; none of them
+        are late where that is none for one lane."""
+        on_bus_s = fsum(self.inserts_s) + fsum(self.lanes["pcie"])
+        return {name: on_bus_s - fsum(parts) for name, parts in self.lanes.items()}
+
+    def mixed_with(self, other: "Tally", share: float) -> "Tally":
+        """The mean of passes of which a share is like another one."""
+        mixed = Tally(self.workload, self.hardware, self.call, self.on_gpu, self.batch_steps)
+
+        def mean(ours: float, theirs: float) -> float:
+            return (1.0 - share) * ours + share * theirs
+
+        def both(ours: list[float], theirs: list[float]) -> list[float]:
+            return [mean(part, 0.0) for part in ours] + [mean(0.0, part) for part in theirs]
+
+        mixed.mean_steps, mixed.head_s = mean(self.mean_steps, other.mean_steps), mean(self.head_s, other.head_s)
+        mixed.lanes = {name: both(parts, other.lanes[name]) for name, parts in self.lanes.items()}
+        mixed.terms = {name: both(parts, other.terms[name]) for name, parts in self.terms.items()}
+        mixed.before_head_s = both(self.before_head_s, other.before_head_s)
+        mixed.reads_s, mixed.inserts_s = both(self.reads_s, other.reads_s), both(self.inserts_s, other.inserts_s)
+        return mixed
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What `compute` gives for the first of equal layers; the others have it from here."""
@@ -72,3 +96,14 @@ class Tally:
         for sums in self._blocks.values():
             self.add(self.lanes["steps"], max(sums))
         self._blocks.clear()
+
+
+def with_time_for_inserts(sooner: Tally, later: Tally) -> Tally:
+    """The mean of passes of two kinds, whose batches of copies into expert slots take fewer steps and more, with as
+    many of the first as the bus has time for: for none but those of the second at least.
+
+    What was whole steps for all passes would let a faster CPU, which leaves the bus less time, lose more by one step
+    than it gains.
+    """
+    pairs = zip(sooner.late_s.values(), later.late_s.values(), strict=True)
+    return sooner.mixed_with(later, min(many / (many - few) for many, few in pairs if few <= 0))

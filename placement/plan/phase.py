@@ -42,7 +42,7 @@ class PhaseCost:
     seconds: of the step or of the whole prompt; lanes: seconds each resource needs when nothing waits. terms: seconds
     of each kind of work by itself (one of TERMS); lanes work side by side, so they sum to more than `seconds`.
     overlapped_s: seconds if lanes overlapped in full, at most `seconds`; 0 is unknown. batch_steps: how many
-    steps a batch of copies into expert slots takes on the bus, beside what else is there.
+    steps a batch of copies into expert slots takes on the bus, beside what else is there, in the mean.
     """
 
     phase: str
@@ -52,7 +52,7 @@ class PhaseCost:
     lanes: tuple[tuple[str, float], ...]
     terms: tuple[tuple[str, float], ...] = ()
     overlapped_s: float = 0.0
-    batch_steps: int = 1
+    batch_steps: float = 1
 
     @property
     def most_tokens_per_s(self) -> float:

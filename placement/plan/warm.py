@@ -59,31 +59,38 @@ def step_period(batch_steps: int) -> int:
     return batch_steps + 1
 
 
-def mean_hit_rate(workload: Workload, linears: Sequence[LinearPlacement], batch_steps: int = 1) -> float:
+def _mean_of_batches(workload: Workload, shard: LinearShard, placement: LinearPlacement, batch_steps: float) -> float:
+    """`hit_rate` where copies take the bus so many steps in the mean."""
+    fewer, share = int(batch_steps), batch_steps % 1
+    few, many = (hit_rate(workload, shard, placement, period=step_period(steps)) for steps in (fewer, fewer + 1))
+    return (1.0 - share) * few + share * many
+
+
+def mean_hit_rate(workload: Workload, linears: Sequence[LinearPlacement], batch_steps: float = 1) -> float:
     """Over all layers with experts, the expected share of one row's picks that are in GPU memory: in expert slots, or
     at home there."""
 
     def share(shard: LinearShard, placement: LinearPlacement) -> float:
-        hits = hit_rate(workload, shard, placement, period=step_period(batch_steps)) if placement.expert_slots else 0.0
+        hits = _mean_of_batches(workload, shard, placement, batch_steps) if placement.expert_slots else 0.0
         return (placement.gpu_units + placement.dram_units * hits) / shard.units
 
     found = [share(*pair) for pair in zip(workload.linears, linears, strict=True) if pair[0].picks]
     return sum(found) / len(found) if found else 0.0
 
 
-def expert_slot_hits(workload: Workload, linears: Sequence[LinearPlacement], batch_steps: int = 1) -> float:
+def expert_slot_hits(workload: Workload, linears: Sequence[LinearPlacement], batch_steps: float = 1) -> float:
     """Over the layers with expert slots, the expected share of one row's picks that is in them; 0 without any."""
     found = [
-        placement.dram_units * hit_rate(workload, shard, placement, period=step_period(batch_steps)) / shard.units
+        placement.dram_units * _mean_of_batches(workload, shard, placement, batch_steps) / shard.units
         for shard, placement in zip(workload.linears, linears, strict=True)
         if placement.expert_slots
     ]
     return sum(found) / max(1, len(found))
 
 
-def expert_slots_line(workload: Workload, linears: Sequence[LinearPlacement], batch_steps: int = 1) -> str:
+def expert_slots_line(workload: Workload, linears: Sequence[LinearPlacement], batch_steps: float = 1) -> str:
     """The expert slots of a plan, what they are expected to serve, and what one GiB more would; empty without any.
-    batch_steps: as in `step_period`, of a decode step."""
+    batch_steps: as in `PhaseCost`, of a decode step."""
     pairs = [pair for pair in zip(workload.linears, linears, strict=True) if pair[1].expert_slots]
     if not pairs:
         return ""
@@ -92,7 +99,7 @@ def expert_slots_line(workload: Workload, linears: Sequence[LinearPlacement], ba
     measured = all(shard.heat is not None for shard, _ in pairs)
     source = "as profiled" if measured else "assumed, `hetero-attn profile --routes` follows a text"
     moves = workload.inserts and all(shard.same_bits for shard, _ in pairs)
-    often = "a step" if batch_steps == 1 else f"every {batch_steps} steps, for the bus has no time for more"
+    often = "a step" if batch_steps == 1 else f"every {batch_steps:.2g} steps, for the bus has no time for more"
     kept = f"at most {workload.inserts} a layer copied in behind {often}" if moves else "always the same experts"
     return (
         f"expert slots: {each} a layer, {format_bytes(size)}, {kept}; expected to serve "

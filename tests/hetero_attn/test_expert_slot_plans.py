@@ -328,6 +328,22 @@ def test_copies_are_no_more_than_the_bus_has_time_for(path):
     assert ratios[0] < 0.8 and ratios == tuple(sorted(ratios)) and ratios[-1] == pytest.approx(1.0, abs=0.1)
 
 
+def test_a_little_less_time_for_copies_costs_a_little(path):
+    """Batches that take a step more than others are as many as the bus needs; a faster CPU leaves it less time, and
+    no step lasts longer for it."""
+    plan = planned(path, policy=rules("rules:\n  - {match: layers.*.experts, expert_slots: 40, stream: 0.0}\n"))
+    machine, call = HardwareProfile.named("rtx3060-ddr4"), Call(1, 1, 64)
+    slow = replace(machine, overlap=1.0, dram_bytes_per_s=1e12, h2d_bytes_per_s=machine.h2d_bytes_per_s / 6)
+    found = [
+        pass_cost(plan.workload, plan.linears, plan.kv, slow.with_threads(threads), call, True)
+        for threads in range(1, 33)
+    ]
+    steps, seconds = [each.batch_steps for each in found], [each.seconds for each in found]
+
+    assert steps == sorted(steps) and steps[0] < 2 < steps[-1] and any(each % 1 for each in steps)
+    assert seconds == sorted(seconds, reverse=True)
+
+
 @pytest.mark.parametrize("slots", [16, 24, 48, 64])
 def test_hits_are_within_a_point_of_the_traced_curve(slots):
     """Published reuse, 45 % at the next token and 80 % within eight; a table that takes all that it misses."""

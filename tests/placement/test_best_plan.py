@@ -104,6 +104,9 @@ FOUND_AT_FAULT = [
     # Twice the bus is worth streaming for prompts of 16,384 tokens what both figures have in slots, which the bus as it
     # is did not show.
     (assert_more_is_never_worse, ("gpt-oss-120b", "rtx4060ti-ddr5", "q8", 32768, 1.0)),
+    # One more thread leaves the bus a little too little time for a step's copies into slots: all of them then took it two
+    # steps, which cost the slots half of what they serve, where a few do.
+    (assert_more_is_never_worse, ("gpt-oss-120b", "rtx5090-ddr5", "q8", 2048, 1.0)),
 ]
 
 
