@@ -68,5 +68,7 @@ class CleanErrors(TyperGroup):
             code = exit_code(error)
             if code is None:
                 raise error
-            typer.echo(f"error: {in_option_words(printable(str(error)))}", err=True)
+            message = printable(str(error))
+            is_of_a_policy = type(error).__name__ == "PolicyError"  # whose keys are called as arguments are
+            typer.echo(f"error: {message if is_of_a_policy else in_option_words(message)}", err=True)
             raise typer.Exit(code) from None

@@ -48,3 +48,13 @@ def test_missing_policy_is_one_message_and_exit_2() -> None:
 
     assert result.exit_code == 2
     assert result.stderr.startswith("error: unknown policy 'no_such_policy'")
+
+
+def test_keys_of_a_policy_are_called_as_the_file_has_to_have_them(tmp_path: Path) -> None:
+    """Names of arguments are said as options, but `--gpu-memory` is no key."""
+    file = tmp_path / "own.yaml"
+    file.write_text("gpu_memroy: 8GiB\n")
+    result = run("policy", "show", str(file))
+
+    assert result.exit_code == 2 and "--" not in result.stderr
+    assert "gpu_memroy: unknown key; did you mean 'gpu_memory'?" in result.stderr
