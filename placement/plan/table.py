@@ -1,6 +1,7 @@
 """The plan as plain text: placements by lane, bytes by place and kind, predicted speed."""
 
 import io
+from collections import Counter
 from typing import Protocol
 
 from rich.console import Console
@@ -31,7 +32,7 @@ NARROW_COLUMNS = {0: "shard", 3: "home", 4: "decode", 5: "prefill", 6: "GPU", 7:
 MOST_COLUMNS = 1000
 EXPERT_SLOTS_LEGEND = ", and expert slots, whose picks the gpu lane computes"
 LEGEND = "g/s/c: units computed on the gpu, stream and cpu lane in one step; home: units in GPU memory"
-SOME_LEGEND = f"a{SOME}b: some of these layers, as many as count says; --yaml names them"
+SOME_LEGEND, COUNTED = f"a{SOME}b: some of these layers", ", as many as count says"
 PHASE_INDENT = 12
 PLACE_WORDS = {"gpu": "GPU memory", "pinned": "pinned DRAM", "host": "host DRAM"}
 
@@ -82,9 +83,10 @@ def plan_table(plan: ShownPlan, width: int) -> str:
         legend = LEGEND if is_wide else LEGEND.replace("g/s/c", "decode, prefill (gpu/stream/cpu)")
         say(legend + EXPERT_SLOTS_LEGEND * any(placement.expert_slots for placement in plan.linears))
     if any(SOME in row.label for row in _linear_rows(plan) + _kv_rows(plan)):
-        say(SOME_LEGEND)
+        has_counts = is_wide or plan.device == "cpu"
+        say(f"{SOME_LEGEND}{COUNTED if has_counts else ''}; --yaml names them")
     if plan.workload.is_mixed and not is_wide:
-        say(f"weights: {'; '.join(f'{row.label} {_format(plan, row)}' for row in _linear_rows(plan))}")
+        say(f"weights: {_formats(plan)}")
     console.print(_memory(plan, is_wide))
     batch_steps = 1 if plan.predicted is None else plan.predicted.decode.batch_steps
     for line in (experts_line(plan.workload), expert_slots_line(plan.workload, plan.linears, batch_steps)):
@@ -233,6 +235,13 @@ def _format(plan: ShownPlan, row: PlanRow) -> str:
     another one."""
     mix, down = plan.workload.format_of(row.shards[0]).split("+"), row.shards[0].down_format
     return "+".join(part.partition("*")[0] for part in mix) + (f", down {down}" if down else "")
+
+
+def _formats(plan: ShownPlan) -> str:
+    """The weight format of every row of linears; the one that most have is named last, and once."""
+    rows = {row.label: _format(plan, row) for row in _linear_rows(plan)}
+    commonest = Counter(rows.values()).most_common(1)[0][0]
+    return "; ".join([*(f"{label} {fmt}" for label, fmt in rows.items() if fmt != commonest), f"others {commonest}"])
 
 
 def _linear_row(plan: ShownPlan, row: PlanRow) -> tuple[str, ...]:

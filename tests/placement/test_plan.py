@@ -240,6 +240,7 @@ def test_a_table_has_one_row_for_layers_that_look_alike_wherever_they_are():
 
     assert labels == ["layers.0..2.qkv", "layers.1..3.qkv"]
     assert "as many as count says" in text and "as many as count says" not in plan.table()
+    assert "some of these layers; --yaml" in replace(plan, linears=linears).table(80), "it has no column of counts"
     assert "match: layers.3.qkv" in replace(plan, linears=linears).to_yaml()
 
 
