@@ -107,7 +107,7 @@ def _unmatched(policy: Policy, workload: Workload) -> list[str]:
         hint = f"; did you mean {near[0]!r}?" if near and not span else ""
         problems.append(
             f"{where}: {rule.match!r} matches no shard of {workload.model}{hint} (shards are embed, head and "
-            f"layers.0-{workload.num_layers - 1}.{{{','.join(workload.linear_kinds)},kv}})"
+            f"layers.0-{workload.num_layers - 1}.{{{','.join((*workload.linear_kinds, *['kv'] * bool(workload.kv)))}}})"
         )
     return problems
 

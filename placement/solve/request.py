@@ -76,7 +76,10 @@ def requested(
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     on_gpu = device != "cpu"
     if on_gpu and not hardware.has_gpu:
-        raise ValueError(f"device {device} needs a hardware profile with a GPU; {hardware.name} has none")
+        raise ValueError(
+            f"device {device} needs a hardware profile with a GPU; {hardware.name} has none: give one with a GPU, or "
+            "device cpu"
+        )
     _check_sizes(workload, policy)
     workload = replace(
         workload,
