@@ -120,7 +120,8 @@ def with_chunk_choices(build: Callable[..., Workload], budget_bytes: int) -> Wor
     Weights are streamed once a chunk and Python queues the kernels of each chunk anew, so large chunks serve prompts;
     their activations take memory that weights and cache could have. Beginning from the default, the chunk is halved, to
     16 rows at least, until its activations take a quarter of the budget at most, and doubled while they do and the
-    context is longer.
+    context is longer. Smaller ones are for budgets that hold no plan with any of these: what a small budget holds, a
+    larger one does too.
     """
     workload = build(prefill_chunk=DEFAULT_PREFILL_CHUNK)
     while workload.prefill_chunk > MIN_PREFILL_CHUNK and 4 * activation_bytes(workload) > budget_bytes:
@@ -131,5 +132,10 @@ def with_chunk_choices(build: Callable[..., Workload], budget_bytes: int) -> Wor
         if 4 * activation_bytes(larger) > budget_bytes:
             break
         choices.append(larger)
-    known = tuple(ChunkChoice(choice.prefill_chunk, choice.resident_bytes) for choice in choices)
-    return replace(workload, chunk_choices=known)
+    smaller = [workload]
+    while smaller[-1].prefill_chunk > MIN_PREFILL_CHUNK:
+        smaller.append(build(prefill_chunk=smaller[-1].prefill_chunk // 2))
+    known, below = (
+        tuple(ChunkChoice(each.prefill_chunk, each.resident_bytes) for each in some) for some in (choices, smaller[1:])
+    )
+    return replace(workload, chunk_choices=known, smaller_chunks=below)

@@ -166,7 +166,7 @@ def _together(asked: Asked, own: Asked | None, alone: PlannedModel) -> Drafted:
 def _like(asked: Asked, alone: Plan) -> Asked:
     """The same, in the shape and with the prefill chunk of the model planned alone, which later plans keep."""
     request = asked.request
-    for choice in request.workload.chunk_choices:
+    for choice in (*request.workload.chunk_choices, *request.workload.smaller_chunks):
         if choice.rows == alone.prefill_chunk:
             request = replace(request, workload=request.workload.with_chunk(choice))
     policy = request.policy.model_copy(update={"shape": alone.shape})

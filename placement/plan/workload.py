@@ -65,6 +65,7 @@ class Workload:
     staging_piece_bytes: of what crosses the bus at a time, which is what a staging slot holds.
     row_cuts: o and down as a paired plan cuts them, by rows; empty where only column plans are possible.
     chunk_choices: prefill chunks that the planner may choose instead, ascending; empty where the chunk is given.
+    smaller_chunks: those below them, descending, for budgets in which none of them finds room: one after another.
     small_calls: operations of a pass on the CPU beside linears and attention; 0 is four a layer. states: what layers
     keep of each sequence beside keys and values. inserts: the most experts of a layer that are copied into expert slots
     behind a step, 0 leaves in them what is there. drafting: how tokens are made where somebody drafts, None
@@ -93,6 +94,7 @@ class Workload:
     staging_piece_bytes: int = STAGING_PIECE_BYTES
     host_activation_bytes_per_row: int = 0
     chunk_choices: tuple[ChunkChoice, ...] = ()
+    smaller_chunks: tuple[ChunkChoice, ...] = ()
     small_calls: int = 0
     states: tuple[StateShard, ...] = ()
     inserts: int = MOST_INSERTS
@@ -112,7 +114,15 @@ class Workload:
 
     def with_chunk(self, choice: ChunkChoice) -> "Workload":
         """The workload with one of its chunk choices, and none left."""
-        return replace(self, prefill_chunk=choice.rows, resident_bytes=choice.resident_bytes, chunk_choices=())
+        return replace(
+            self, prefill_chunk=choice.rows, resident_bytes=choice.resident_bytes, chunk_choices=(), smaller_chunks=()
+        )
+
+    def in_smaller_chunks(self) -> "Iterator[Workload]":
+        """The workload, then with each of its smaller chunks in turn, and no other choice."""
+        yield self
+        for choice in self.smaller_chunks:
+            yield self.with_chunk(choice)
 
     def format_of(self, shard: LinearShard) -> str:
         """What the weights of a linear are packed as."""

@@ -57,10 +57,16 @@ def plan_requested(asked: PlanRequest) -> Plan:
 def plan_with_alternatives(asked: PlanRequest) -> tuple[Plan, list[Candidate]]:
     """The plan for a request, and every candidate that the search compared, fastest first, what does not fit last; the
     first is the plan's."""
-    requests = [request for shape in shapes(asked) for request in _with_chunks(shape)]
-    found = _candidates([problem_of(request) for request in requests], on_gpu=asked.device != "cpu")
+    requests: list[PlanRequest] = []
+    found: list[Candidate] = []
+    for workload in asked.workload.in_smaller_chunks():
+        in_chunks = replace(asked, workload=workload)
+        requests = [request for shape in shapes(in_chunks) for request in _with_chunks(shape)]
+        found = _candidates([problem_of(request) for request in requests], on_gpu=asked.device != "cpu")
+        if found and found[0].fits:
+            break
     if not found:
-        raise _explain_failure(requests[-1] if asked.policy.shape == "paired" else _with_chunks(asked)[0])
+        raise _explain_failure(requests[-1] if asked.policy.shape == "paired" else requests[0])
     return _plan_of_fastest(requests, found), found
 
 
