@@ -59,6 +59,21 @@ def test_repacked_values_are_those_of_the_file_to_the_bit(kind, blocks):
 
 
 @by_type
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_rows_at_odd_addresses_are_read_and_nothing_behind_them(kind, blocks):
+    """Rows are read 16 bytes at a time: what lies between them, and behind the last, is none of the weight's."""
+    rows = random_rows(kind, 32, blocks * kind.items)
+    apart = torch.full((32, rows.shape[1] + 29), 255, dtype=torch.uint8)
+    apart[:, 13:-16] = rows
+    weight = repacked(kernels(), kind, rows)
+    out = torch.full_like(weight, 170)
+
+    kernels().repack(apart[:, 13:-16], kind.name, out)
+
+    assert torch.equal(out, weight)
+
+
+@by_type
 def test_a_scale_that_is_not_finite_is_refused(kind):
     rows = random_rows(kind, 16, 2 * kind.items)
     at = kind.block_bytes + (208 if kind.name == "Q6_K" else 0)

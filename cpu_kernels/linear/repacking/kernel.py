@@ -7,15 +7,26 @@ a register, and from there every line of the packed block is made and stored who
 from numba import types
 
 from cpu_kernels.formats import BLOCK_FEATURES, GROUP_INPUTS, LINE_BYTES, SOURCE_TYPES, format_of
-from cpu_kernels.linear.repacking.lanes import DWORD_BYTES, Lanes, Stage, Superblock, stage_dword, stage_memory
+from cpu_kernels.linear.repacking.lanes import (
+    DWORD_BYTES,
+    QUAD,
+    Lanes,
+    Stage,
+    Superblock,
+    stage_dword,
+    stage_last,
+    stage_memory,
+    stage_quad,
+)
 from cpu_kernels.linear.repacking.source_blocks import BITS, KERNEL_SOURCES, NIBBLES, PAIRS, blocks_together
 from cpu_kernels.team.arguments import REPACK
 from cpu_kernels.team.chunks import fail, parameter, take
 from cpu_kernels.vectors.compiler import helper
-from cpu_kernels.vectors.scalar import least, load_byte, store_word
+from cpu_kernels.vectors.scalar import least, store_i64
 from cpu_kernels.vectors.vector import emits, intp
 
 GROUP_WORDS = GROUP_INPUTS // 4
+QUAD_BYTES = QUAD * DWORD_BYTES
 
 
 def nibble_lines(words: list[Lanes], out: Superblock, at: int) -> None:
@@ -91,15 +102,15 @@ def repack(source_type: str):
     @helper
     def lay(rows, stride, count, stage):
         """The first `count` bytes of each row on the stage, zeros behind them."""
-        whole = count // DWORD_BYTES
-        for index in range(whole):
+        quads, whole, rest = count // QUAD_BYTES, count // DWORD_BYTES, count % DWORD_BYTES
+        for index in range(quads):
+            stage_quad(rows + QUAD_BYTES * index, stride, stage + QUAD * LINE_BYTES * index)
+        for index in range(QUAD * quads, whole):
             stage_dword(rows + DWORD_BYTES * index, stride, stage + LINE_BYTES * index)
-        for index in range(whole, dwords):
-            for feature in range(BLOCK_FEATURES):
-                dword, at = 0, rows + feature * stride + DWORD_BYTES * index
-                for place in range(least(DWORD_BYTES, count - DWORD_BYTES * index)):
-                    dword |= load_byte(at + place) << (8 * place)
-                store_word(dword, stage + LINE_BYTES * index + 4 * feature)
+        for at in range(stage + LINE_BYTES * whole, stage + LINE_BYTES * dwords, 8):
+            store_i64(0, at)
+        if rest:
+            stage_last(rows + count - DWORD_BYTES, stride, stage + LINE_BYTES * whole, rest)
 
     @helper
     def repack_block(rows, stride, blocks, to, stage):

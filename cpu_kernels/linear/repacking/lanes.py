@@ -23,11 +23,15 @@ from cpu_kernels.vectors.vector import (
     emits,
     intp,
     load_as,
+    picked,
+    splat_value,
     store_as,
 )
 
 DWORD_BYTES = 4
+QUAD = 4  # dwords that are read of a row at once
 SIGN = 1 << 31  # constants are written as signed numbers
+VD32 = ir.VectorType(I32, QUAD)
 
 
 class Lanes:
@@ -120,15 +124,55 @@ class Superblock:
         return self._b.zext(self._b.icmp_unsigned("==", any_wrong, ir.Constant(I32, 0)), I64)
 
 
-@emits(types.void, intp, intp, intp)
-def stage_dword(b, source, stride, to):
+def dwords_of_rows(b, source, stride):
     """The dwords at `source` of 16 rows, `stride` bytes from one to the next, side by side."""
     value, at = ir.Constant(VI32, ir.Undefined), source
     for feature in range(BLOCK_FEATURES):
         dword = b.load(b.inttoptr(at, I32.as_pointer()), align=1)
         value = b.insert_element(value, dword, ir.Constant(I32, feature))
         at = b.add(at, stride)
-    store_as(b, value, to)
+    return value
+
+
+@emits(types.void, intp, intp, intp)
+def stage_dword(b, source, stride, to):
+    """A line of the stage: four bytes of each of 16 rows."""
+    store_as(b, dwords_of_rows(b, source, stride), to)
+
+
+@emits(types.void, intp, intp, intp, intp)
+def stage_last(b, source, stride, to, count):
+    """A line of the stage: the last `count` bytes, below four, of the four at `source`, zeros behind them."""
+    bits = b.trunc(b.sub(ir.Constant(I64, 32), b.mul(count, ir.Constant(I64, 8))), I32)
+    store_as(b, b.lshr(dwords_of_rows(b, source, stride), splat_value(b, bits)), to)
+
+
+@emits(types.void, intp, intp, intp)
+def stage_quad(b, source, stride, to):
+    """Four lines of the stage: 16 bytes of each of 16 rows, which are read at once and turned within 128 bits."""
+    rows = []
+    for _ in range(BLOCK_FEATURES):
+        rows.append(b.load(b.inttoptr(source, VD32.as_pointer()), align=1))
+        source = b.add(source, stride)
+    # Part L of the i-th of these is row 4L + i.
+    first, second, third, fourth = (_side_by_side(b, rows[place::QUAD]) for place in range(QUAD))
+    pairs = [(_interleaved(b, first, second, 1, part), _interleaved(b, third, fourth, 1, part)) for part in range(2)]
+    for line in range(QUAD):
+        left, right = pairs[line // 2]
+        store_as(b, _interleaved(b, left, right, 2, line % 2), to, LINE_BYTES * line)
+
+
+def _side_by_side(b, parts):
+    """Four vectors of four as one of 16."""
+    halves = [picked(b, *parts[at : at + 2], list(range(8))) for at in (0, 2)]
+    return picked(b, *halves, list(range(16)))
+
+
+def _interleaved(b, left, right, size, part):
+    """Of every 128 bits the lower (part 0) or upper half, items of `size` dwords of both vectors by turns."""
+    own = [QUAD * lane + 2 * part + item for lane in range(QUAD) for item in range(2)]
+    order = [start + lane for at in range(0, len(own), size) for start in (0, 16) for lane in own[at : at + size]]
+    return picked(b, left, right, order)
 
 
 def stage_memory(size: int):
@@ -138,6 +182,7 @@ def stage_memory(size: int):
     def memory(context):
         def codegen(context, builder, signature, values):
             place = cgutils.alloca_once(builder, ir.ArrayType(I8, size))
+            place.align = LINE_BYTES
             return builder.ptrtoint(place, I64)
 
         return types.int64(), codegen
