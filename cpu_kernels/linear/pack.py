@@ -28,7 +28,7 @@ def pack(team: Team, rows: torch.Tensor, weight_dtype: str, out: torch.Tensor) -
     if out.numel() == 0:
         return
     failure = team.run(
-        ("linear.pack_kernel", "pack", SOURCE_DTYPES[rows.dtype], weight_dtype),
+        ("linear.packing.kernel", "pack", SOURCE_DTYPES[rows.dtype], weight_dtype),
         0,
         *PACK.filled(
             rows=rows.data_ptr(),

@@ -1,10 +1,13 @@
 """pack: the bytes of the layout, the quality of quantisation, and what it refuses."""
 
+import hashlib
+
+import numpy as np
 import pytest
 import torch
 
 from cpu_kernels.formats import weights as layout
-from tests.support.cpu_oracles import kernels, nmse, pack, unpack
+from tests.support.cpu_oracles import ISAS, kernels, nmse, pack, unpack
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -104,3 +107,61 @@ def test_strided_rows_and_whole_blocks_only():
 def test_block_bytes(weight_dtype, in_features, expected):
     assert layout.block_bytes(weight_dtype, in_features) == expected
     assert layout.weight_bytes(weight_dtype, 17, in_features) == 2 * expected
+
+
+def any_rows(in_features: int) -> torch.Tensor:
+    """32 rows of numbers of many sizes and of few values, all alike, all zeros of both signs, very small and very large."""
+    index = np.arange(32 * in_features, dtype=np.uint64).reshape(32, in_features)
+    drawn = (index * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)  # 24 bits
+    signs = np.where(index * np.uint64(0xC2B2AE3D27D4EB4F) >> np.uint64(63), -1.0, 1.0)
+    rows = (drawn.astype(np.float64) / (1 << 23) - 1.0) ** 3
+    rows[8:16] = np.round(4 * rows[8:16]) / 4 * signs[8:16]
+    rows[16:20] = np.abs(np.round(2 * rows[16:20])) * signs[16:20]
+    rows[20], rows[21], rows[22] = 0.0, -0.0, 1.5
+    rows[23:25] *= np.array([[1e-7], [6e4]])
+    rows[25:28] += np.array([[1.0], [-40.0], [3e3]])
+    return torch.from_numpy(rows.astype(np.float32))
+
+
+# What the search chose that took one group of one feature after the other, with all sums over the lanes of a register.
+CHOSEN = {
+    ("q8", "fp32", 1): "38df78831538f918",
+    ("q8", "fp32", 130): "276500262fd3f30f",
+    ("q8", "fp32", 704): "2815c18ef7743283",
+    ("q8", "bf16", 1): "b5039d4c49cbca25",
+    ("q8", "bf16", 130): "7df9e089e777c99c",
+    ("q8", "bf16", 704): "7dc78b28fe778adf",
+    ("q8", "fp16", 1): "fbc6c40fa4e68788",
+    ("q8", "fp16", 130): "58e8736fa05bf832",
+    ("q8", "fp16", 704): "a22aa69d83e83311",
+    ("q4", "fp32", 1): "d57de23db3415908",
+    ("q4", "fp32", 130): "fe6f252f11995fb5",
+    ("q4", "fp32", 704): "3cc0742bb9662412",
+    ("q4", "bf16", 1): "aa37176799b617bb",
+    ("q4", "bf16", 130): "cc2de6005c7285fe",
+    ("q4", "bf16", 704): "e1245bfb41f11f70",
+    ("q4", "fp16", 1): "0948c4a89e72141f",
+    ("q4", "fp16", 130): "feee2929f812e466",
+    ("q4", "fp16", 704): "20d35f1b1d8361ce",
+}
+
+
+@pytest.mark.parametrize(("weight_dtype", "source", "in_features"), CHOSEN)
+def test_what_is_chosen_stays_the_same_to_the_bit(weight_dtype, source, in_features):
+    packed = pack(any_rows(in_features).to(DTYPES[source]), weight_dtype)
+
+    assert digest(packed) == CHOSEN[weight_dtype, source, in_features]
+
+
+@pytest.mark.parametrize("weight_dtype", ["q8", "q4"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_isa_chooses_the_same(isa, weight_dtype):
+    packed = torch.empty(2, layout.block_bytes(weight_dtype, 130), dtype=torch.uint8)
+
+    kernels(isa).pack(any_rows(130).bfloat16(), weight_dtype, packed)
+
+    assert digest(packed) == CHOSEN[weight_dtype, "bf16", 130]
+
+
+def digest(packed: torch.Tensor) -> str:
+    return hashlib.sha256(packed.numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,231 @@
+"""How well a scale and a minimum fit a group of inputs: of eight features at once, each in its lane.
+
+A group lies on a stage as lines of 16 float32, a line for each input, a lane for each feature: nothing is summed over
+lanes, divided or rounded to float16 for one feature alone. Sums are trees over 16 inputs: i and i + 8, then i and
+i + 4, and so on, as a register of 16 inputs is folded.
+"""
+
+from collections.abc import Callable, Sequence
+
+from llvmlite import ir
+from numba import types
+
+from cpu_kernels.formats import LINE_BYTES
+from cpu_kernels.vectors.vector import (
+    F32,
+    HALF,
+    I32,
+    F32x8,
+    call_llvm,
+    constant,
+    emits,
+    fma_value,
+    intp,
+    load_as,
+    store_as,
+)
+
+LANES = 8
+VF32, VI32, VHALF = (ir.VectorType(scalar, LANES) for scalar in (F32, I32, HALF))
+RUN_INPUTS = 16  # inputs that one tree sums
+HALF_MAX = 65504.0
+ZERO = constant(VF32, 0.0)
+
+
+def value_at(b, stage, index: int):
+    """Input `index` of eight features."""
+    return load_as(b, stage, VF32, LINE_BYTES * index)
+
+
+def larger(b, x, y):
+    """Of each lane; y where they are equal."""
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+def smaller(b, x, y):
+    """Of each lane; y where they are equal."""
+    return b.select(b.fcmp_ordered("<", x, y), x, y)
+
+
+def half_value(b, vector):
+    """Rounded to float16, within its finite range, and widened again."""
+    for most, sign in ((constant(VF32, HALF_MAX), "<"), (constant(VF32, -HALF_MAX), ">")):
+        vector = b.select(b.fcmp_ordered(sign, most, vector), most, vector)
+    return b.fpext(b.fptrunc(vector, VHALF), VF32)
+
+
+def inverse_value(b, scale):
+    """1 / scale, 0 of a scale that is not above 0."""
+    return b.select(b.fcmp_ordered(">", scale, ZERO), b.fdiv(constant(VF32, 1.0), scale), ZERO)
+
+
+def codes_of(b, above, inverse, high: float):
+    """round(each * inverse) within 0..high, for values so far above the minimum.
+
+    Clamped by the bits, whose order as integers is that of floats from 0 on: the ports of floats have enough to do.
+    """
+    low, most = constant(VI32, 0), b.bitcast(constant(VF32, high), VI32)
+    steps = [b.fmul(value, inverse) for value in above]
+    codes = [b.bitcast(call_llvm(b, f"llvm.rint.v{LANES}f32", VF32, step), VI32) for step in steps]
+    codes = [b.select(b.icmp_signed(">", code, low), code, low) for code in codes]
+    codes = [b.select(b.icmp_signed("<", code, most), code, most) for code in codes]
+    return [b.bitcast(code, VF32) for code in codes]
+
+
+def trees(b, leaves: Callable[[int], Sequence[ir.Value]], first: int = 0, step: int = 1) -> list[ir.Value]:
+    """The sums of each number of 16 leaves, halves folded first.
+
+    leaves(i): those of leaf i, then those of leaf i + 8. They are made side by side, since a core that follows one
+    chain of operations after the other sees too few of them at once.
+    """
+    if 2 * step == RUN_INPUTS:
+        both = leaves(first)
+        left, right = both[: len(both) // 2], both[len(both) // 2 :]
+    else:
+        left, right = (trees(b, leaves, start, 2 * step) for start in (first, first + step))
+    return [b.fadd(*pair) for pair in zip(left, right, strict=True)]
+
+
+def lines_of(lane: int, runs: int) -> list[int]:
+    """Inputs of a lane of so many registers of 16, then of the lane 8 behind it."""
+    return [RUN_INPUTS * run + lane + behind for behind in (0, RUN_INPUTS // 2) for run in range(runs)]
+
+
+@emits(types.UniTuple(F32x8, 2), intp)
+def extremes(b, stage):
+    """The smallest and the largest of each feature's 64 inputs."""
+    return tuple_of(b, [_extreme(b, stage, *how) for how in ((smaller, "minnum"), (larger, "maxnum"))])
+
+
+def _extreme(b, stage, pick, folded):
+    """In the order of registers of 16 inputs whose lanes are folded, which tells which zero is kept of 0 and -0."""
+    fold = lambda x, y: call_llvm(b, f"llvm.{folded}.v{LANES}f32", VF32, x, y)  # noqa: E731
+    lanes = []
+    for lane in range(RUN_INPUTS):
+        first, second, third, fourth = (value_at(b, stage, RUN_INPUTS * run + lane) for run in range(4))
+        lanes.append(pick(b, pick(b, first, second), pick(b, third, fourth)))
+    while len(lanes) > 4:
+        half = len(lanes) // 2
+        lanes = [fold(x, y) for x, y in zip(lanes[:half], lanes[half:], strict=True)]
+    first, second, third, fourth = lanes
+    return fold(fold(fold(first, second), third), fourth)
+
+
+def tuple_of(b, vectors):
+    """Vectors as the tuple that an intrinsic returns."""
+    value = ir.Constant(ir.ArrayType(vectors[0].type, len(vectors)), ir.Undefined)
+    for index, vector in enumerate(vectors):
+        value = b.insert_value(value, vector, index)
+    return value
+
+
+@emits(F32x8, intp, intp)
+def magnitudes(b, stage, to):
+    """Of 32 inputs, without their signs, to lines at `to`; returns the largest of each feature."""
+    largest = ZERO
+    for index in range(2 * RUN_INPUTS):
+        value = call_llvm(b, f"llvm.fabs.v{LANES}f32", VF32, value_at(b, stage, index))
+        store_as(b, value, to, LINE_BYTES * index)
+        largest = larger(b, value, largest)
+    return largest
+
+
+@emits(types.void, intp, F32x8, intp)
+def differences(b, stage, minimum, to):
+    """Of 64 inputs from their minimum, to lines at `to`."""
+    for index in range(4 * RUN_INPUTS):
+        store_as(b, b.fsub(value_at(b, stage, index), minimum), to, LINE_BYTES * index)
+
+
+def error_of(inputs: int, high: float):
+    """Intrinsic (stage, where the inputs' differences from the minimum are, scale, minimum): the squared error of each
+    feature's inputs in codes of 0..high."""
+    runs = inputs // RUN_INPUTS
+
+    @emits(F32x8, intp, intp, F32x8, F32x8)
+    def error(b, stage, above, scale, minimum):
+        inverse = inverse_value(b, scale)
+
+        def leaves(lane):
+            lines = lines_of(lane, runs)
+            codes = codes_of(b, [value_at(b, above, line) for line in lines], inverse, high)
+            held = [fma_value(b, code, scale, minimum) for code in codes]
+            missed = [b.fsub(value_at(b, stage, line), value) for line, value in zip(lines, held, strict=True)]
+            # Every other run has a sum of its own.
+            sums = [b.fmul(value, value) for at, value in enumerate(missed) if at % runs < 2]
+            if runs == 4:
+                later = [value for at, value in enumerate(missed) if at % runs >= 2]
+                sums = [fma_value(b, value, value, total) for value, total in zip(later, sums, strict=True)]
+            return [b.fadd(*sums[:2]), b.fadd(*sums[2:])]
+
+        return trees(b, leaves)[0]
+
+    return error
+
+
+def _sum(b, items):
+    """Of four numbers."""
+    return b.fadd(b.fadd(items[0], items[1]), b.fadd(items[2], items[3]))
+
+
+def _dot(b, left, right):
+    """Of four numbers by four."""
+    total = b.fmul(left[3], right[3])
+    for at in (2, 1, 0):
+        total = fma_value(b, left[at], right[at], total)
+    return total
+
+
+@emits(F32x8, intp)
+def sum_of_inputs(b, stage):
+    """Of 64 of each feature."""
+    values = lambda lane: [value_at(b, stage, line) for line in lines_of(lane, 4)]  # noqa: E731
+    return trees(b, lambda lane: [_sum(b, values(lane)[at : at + 4]) for at in (0, 4)])[0]
+
+
+def refitted(high: float):
+    """Intrinsic (stage, scale, minimum, sum of inputs): scale and minimum of least squares for the codes of 64 inputs
+    that those given choose; those given where all codes are alike."""
+
+    @emits(types.UniTuple(F32x8, 2), intp, F32x8, F32x8, F32x8)
+    def fitted(b, stage, scale, minimum, sum_v):
+        inverse = inverse_value(b, scale)
+
+        def leaves(lane):
+            values = [value_at(b, stage, line) for line in lines_of(lane, 4)]
+            codes, sums = codes_of(b, [b.fsub(value, minimum) for value in values], inverse, high), []
+            for at in (0, 4):
+                four, numbers = codes[at : at + 4], values[at : at + 4]
+                sums += [_sum(b, four), _dot(b, four, four), _dot(b, four, numbers)]
+            return sums
+
+        sum_c, sum_cc, sum_cv = trees(b, leaves)
+        count = constant(VF32, float(4 * RUN_INPUTS))
+        determinant = b.fsub(b.fmul(count, sum_cc), b.fmul(sum_c, sum_c))
+        new_scale = b.fdiv(b.fsub(b.fmul(count, sum_cv), b.fmul(sum_c, sum_v)), determinant)
+        new_minimum = b.fdiv(b.fsub(sum_v, b.fmul(new_scale, sum_c)), count)
+        alike = b.fcmp_ordered("<=", determinant, ZERO)
+        pairs = ((new_scale, scale), (new_minimum, minimum))
+        return tuple_of(b, [half_value(b, b.select(alike, given, new)) for new, given in pairs])
+
+    return fitted
+
+
+def word_of(b, codes):
+    """Four codes from 0 on as the bytes of a word of each feature."""
+    word = constant(VI32, 0)
+    for place, code in enumerate(codes):
+        word = b.or_(word, b.shl(b.fptosi(code, VI32), constant(VI32, 8 * place)))
+    return word
+
+
+def signed_code(b, value, inverse, high: float):
+    """round(value * inverse) within -high..high."""
+    rounded = call_llvm(b, f"llvm.rint.v{LANES}f32", VF32, b.fmul(value, inverse))
+    return smaller(b, larger(b, rounded, constant(VF32, -high)), constant(VF32, high))
+
+
+@emits(types.void, F32x8, intp)
+def store_halves(b, vector, address):
+    """Eight float16."""
+    store_as(b, b.fptrunc(vector, VHALF), address)

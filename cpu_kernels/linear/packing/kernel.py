@@ -1,0 +1,178 @@
+"""Packing: rows of fp32, bf16 or fp16 weights into the blocks of formats/weights.py, one block per chunk.
+
+q8: of a few scales around absmax / 127, the one of least squared error. q4: of a grid of ranges inside [min, max], the
+one of least squared error, then the scale and minimum that fit its codes best (least squares) and the codes that fit
+those, as long as the error falls. Scale and minimum are rounded to float16 before codes are chosen, so the error that
+is compared is the error that the stored bytes have. A value that is not finite fails the call.
+"""
+
+from llvmlite import ir
+from numba import types
+
+from cpu_kernels.formats.weights import BLOCK_FEATURES, GROUP_INPUTS, LINE_BYTES, SUPERBLOCK_LINES
+from cpu_kernels.linear.packing.search import pack_group_q4, pack_group_q8
+from cpu_kernels.linear.repacking.lanes import QUAD, stage_memory, stage_quad
+from cpu_kernels.team.arguments import PACK
+from cpu_kernels.team.chunks import fail, parameter, take
+from cpu_kernels.vectors.compiler import helper
+from cpu_kernels.vectors.vector import (
+    I32,
+    VF32,
+    VI16,
+    VI32,
+    F32x16,
+    call_llvm,
+    constant,
+    emits,
+    intp,
+    load_as,
+    load_bf16_tail,
+    load_f32_tail,
+    load_half_tail,
+    store_bf16_tail,
+    store_f32,
+    store_f32_tail,
+    widen_halves,
+)
+
+ROW_BYTES = 4 * GROUP_INPUTS  # of one feature's group as float32
+STAGE_BYTES = BLOCK_FEATURES * ROW_BYTES
+
+
+@emits(types.int64, F32x16, F32x16, F32x16, F32x16)
+def not_finite(b, v0, v1, v2, v3):
+    """1 if any lane is NaN or infinite."""
+    largest = constant(VI32, 0)
+    for vector in (v0, v1, v2, v3):
+        magnitude = b.and_(b.bitcast(vector, VI32), constant(VI32, 0x7FFFFFFF))
+        largest = b.select(b.icmp_signed(">", magnitude, largest), magnitude, largest)
+    absmax = call_llvm(b, "llvm.vector.reduce.smax.v16i32", I32, largest)
+    return b.zext(b.icmp_signed(">=", absmax, ir.Constant(I32, 0x7F800000)), ir.IntType(64))
+
+
+def whole_loader(source_dtype: str):
+    """Intrinsic (address): 16 numbers of a row."""
+
+    @emits(F32x16, intp)
+    def load(b, at):
+        if source_dtype == "fp32":
+            return load_as(b, at, VF32)
+        return widen_halves(b, load_as(b, at, VI16), 1 if source_dtype == "bf16" else 2)
+
+    return load
+
+
+def group_loader(source_dtype: str):
+    """Function (address, left): 64 numbers of a row as four vectors, zeros where none are left.
+
+    Where all are there they are read without a mask, which numbers of 16 bits pay for one by one.
+    """
+    load_tail = {"fp32": load_f32_tail, "bf16": load_bf16_tail, "fp16": load_half_tail}[source_dtype]
+    load, part_bytes = whole_loader(source_dtype), 64 if source_dtype == "fp32" else 32
+
+    @helper
+    def load_group(at, left):
+        second, third, fourth = at + part_bytes, at + 2 * part_bytes, at + 3 * part_bytes
+        if left >= GROUP_INPUTS:
+            return load(at), load(second), load(third), load(fourth)
+        return (
+            load_tail(at, left),
+            load_tail(second, left - 16),
+            load_tail(third, left - 32),
+            load_tail(fourth, left - 48),
+        )
+
+    return load_group
+
+
+def coded_block(source_dtype: str, weight_dtype: str):
+    """Function (rows, row_bytes, in_features, to, scratch): a block of codes; False if a value is not finite.
+
+    Of every group rows are laid as float32 behind each other and then turned, so that a line has one input of each; the
+    search then works in the place of the first."""
+    load_group, item_bytes = group_loader(source_dtype), 4 if source_dtype == "fp32" else 2
+    pack_group = pack_group_q4 if weight_dtype == "q4" else pack_group_q8
+    superblock_bytes = SUPERBLOCK_LINES[weight_dtype] * LINE_BYTES
+
+    @helper
+    def lay(rows, stride, left, scratch):
+        for feature in range(BLOCK_FEATURES):
+            v0, v1, v2, v3 = load_group(rows + feature * stride, left)
+            if not_finite(v0, v1, v2, v3):
+                return False
+            at = scratch + ROW_BYTES * feature
+            store_f32(v0, at)
+            store_f32(v1, at + 64)
+            store_f32(v2, at + 128)
+            store_f32(v3, at + 192)
+        return True
+
+    @helper
+    def pack_block(rows, stride, in_features, to, scratch):
+        for group in range((in_features + GROUP_INPUTS - 1) // GROUP_INPUTS):
+            first, stage = GROUP_INPUTS * group, scratch + STAGE_BYTES
+            if not lay(rows + item_bytes * first, stride, in_features - first, scratch):
+                return False
+            for quad in range(GROUP_INPUTS // QUAD):
+                stage_quad(scratch + 4 * QUAD * quad, ROW_BYTES, stage + LINE_BYTES * QUAD * quad)
+            pack_group(stage, scratch, to + superblock_bytes * group)
+        return True
+
+    return pack_block
+
+
+def plain_block(source_dtype: str, weight_dtype: str):
+    """Function (rows, row_bytes, in_features, to, scratch): a block of plain rows; False if a value is not finite."""
+    load_group, source_bytes = group_loader(source_dtype), 4 if source_dtype == "fp32" else 2
+    store, item_bytes = (store_f32_tail, 4) if weight_dtype == "fp32" else (store_bf16_tail, 2)
+
+    @helper
+    def pack_row(source, in_features, target):
+        for first in range(0, in_features, GROUP_INPUTS):
+            left = in_features - first
+            v0, v1, v2, v3 = load_group(source + source_bytes * first, left)
+            if not_finite(v0, v1, v2, v3):
+                return False
+            at = target + item_bytes * first
+            store(v0, at, left)
+            store(v1, at + 16 * item_bytes, left - 16)
+            store(v2, at + 32 * item_bytes, left - 32)
+            store(v3, at + 48 * item_bytes, left - 48)
+        return True
+
+    @helper
+    def pack_block(rows, stride, in_features, to, scratch):
+        good = True
+        for feature in range(BLOCK_FEATURES):
+            good = pack_row(rows + feature * stride, in_features, to + item_bytes * feature * in_features) and good
+        return good
+
+    return pack_block
+
+
+def pack(source_dtype: str, weight_dtype: str):
+    """Kernel."""
+    is_coded = weight_dtype in SUPERBLOCK_LINES
+    pack_block = (coded_block if is_coded else plain_block)(source_dtype, weight_dtype)
+    memory = stage_memory(2 * STAGE_BYTES if is_coded else LINE_BYTES)
+
+    def kernel(arguments, thread):
+        rows, stride, num_blocks = (
+            parameter(arguments, PACK.rows),
+            parameter(arguments, PACK.row_bytes),
+            parameter(arguments, PACK.num_blocks),
+        )
+        in_features, out, block_bytes = (
+            parameter(arguments, PACK.in_features),
+            parameter(arguments, PACK.out),
+            parameter(arguments, PACK.block_bytes),
+        )
+        scratch = memory()
+        block = take(arguments, 0)
+        while block < num_blocks:
+            source = rows + block * BLOCK_FEATURES * stride
+            if not pack_block(source, stride, in_features, out + block * block_bytes, scratch):
+                fail(arguments, 1)
+            block = take(arguments, 0)
+
+    return kernel
