@@ -73,7 +73,7 @@ class Plain(Codes):
 @pytest.mark.parametrize("dtype", ["bf16", "q8"])
 def test_numbers_held_as_they_are_are_read_straight_into_their_home(dtype, first_unit, monkeypatch):
     """Every number was copied twice or three times: into a buffer, beside the other parts', and into its block."""
-    monkeypatch.setattr("hetero_attn.checkpoints.loading.unit_rows.RUN_BYTES", 32 * 32 * 4)
+    monkeypatch.setattr("hetero_attn.checkpoints.loading.unit_rows.RUN_BYTES", 32 * 32 * 2)
     draw = torch.Generator().manual_seed(0)
     source = Plain(**{name: torch.randn(48, 32, generator=draw).bfloat16() for name in "ab"})
     spec = LinearSpec("layers.0.gate_up", "gate_up", 0, 32, tuple(Part(name, 16, 48, dtype) for name in "ab"), False)
@@ -107,7 +107,7 @@ class Watched(Plain):
 
 def watched_runs(damaged_from, monkeypatch):
     """(source, the reader, its linear) of twelve runs of one unit, to be packed as q8 and so read into buffers."""
-    monkeypatch.setattr("hetero_attn.checkpoints.loading.unit_rows.RUN_BYTES", 16 * 32 * 4)
+    monkeypatch.setattr("hetero_attn.checkpoints.loading.unit_rows.RUN_BYTES", 16 * 32 * 2)
     source = Watched(damaged_from, a=torch.randn(192, 32, generator=torch.Generator().manual_seed(1)).bfloat16())
     spec = LinearSpec("layers.0.o", "o", 0, 32, (Part("a", 16, 192, "q8"),), False)
     return source, UnitRows(source, (spec,), CpuKernels(1)), spec

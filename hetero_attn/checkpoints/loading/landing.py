@@ -1,6 +1,6 @@
 """Rows of a file packed into blocks at home: in host memory at once, in GPU memory by way of one small buffer."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -9,7 +9,6 @@ from cpu_kernels import fresh_memory
 from cpu_kernels.formats import BLOCK_FEATURES, segments
 from hetero_attn.checkpoints.loading.numbers import Numbers
 from hetero_attn.checkpoints.loading.requantised import Comparison
-from hetero_attn.checkpoints.loading.unit_rows import units_at_once
 from hetero_attn.checkpoints.sources import WeightSource
 from hetero_attn.errors import CheckpointError
 from hetero_attn.lanes.lanes import Lanes
@@ -28,6 +27,7 @@ class Landing:
         self._numbers = Numbers(source, lanes.host_ops)
         self.comparison = Comparison(source, lanes.host_ops)
         self._progress = progress
+        self._apart = fresh_memory((0,), torch.uint8)  # packed rows on their way to between others of their units
         self._buffer: torch.Tensor | None = None
         self._landed: object | None = None
 
@@ -38,13 +38,13 @@ class Landing:
         return fresh_memory(shape, torch.uint8)
 
     @contextmanager
-    def buffer_for(self, linears: Iterable[LinearSpec]) -> Iterator[None]:
-        """Host memory through which every piece for GPU memory passes; gone when the last has arrived."""
+    def buffer_of(self, size: int) -> Iterator[None]:
+        """Host memory through which every piece for GPU memory passes, at most `size` bytes; gone when the last has
+        arrived."""
         device = self._lanes.device
         if device is None:
             yield
             return
-        size = max(units_at_once(linear) * linear.unit_bytes for linear in linears)
         self._buffer = device.host_empty((size,), torch.uint8, "loading")
         try:
             yield
@@ -71,8 +71,7 @@ class Landing:
             if len(runs) == 1:
                 self.pack(tensors, rows, name, packed)
                 continue
-            shape = (rows.shape[0] // BLOCK_FEATURES, segment.format.block_bytes(in_features))
-            blocks = torch.empty(shape, dtype=torch.uint8, device="cpu")
+            blocks = self._memory_apart(rows.shape[0] // BLOCK_FEATURES, segment.format.block_bytes(in_features))
             self.pack(tensors, rows, name, blocks)
             size = segment.blocks * blocks.shape[1]
             # By numpy: torch's threads go on spinning after a copy that they have shared, on the cores that pack.
@@ -81,6 +80,13 @@ class Landing:
             self._lanes.copy(target, packed)
             self._landed = self._lanes.device.record(self._lanes.device.compute)
         self._progress(target.numel())
+
+    def _memory_apart(self, blocks: int, block_bytes: int) -> torch.Tensor:
+        """For these blocks; the same each time, since the system clears new memory page by page."""
+        size = blocks * block_bytes
+        if self._apart.numel() < size:
+            self._apart = fresh_memory((size,), torch.uint8)
+        return self._apart[:size].view(blocks, block_bytes)
 
     def pack(self, tensors: list[str], rows: torch.Tensor, name: str, out: torch.Tensor) -> None:
         """Rows of these tensors into blocks of a format: codes as they are in the file, or numbers, which may lie there

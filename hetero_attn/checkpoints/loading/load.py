@@ -63,7 +63,7 @@ class Loader:
 
     def load(self) -> ModelWeights:
         """Read everything; raises CheckpointError naming the tensor that is not finite."""
-        with self._landing.buffer_for(self._model.packed_linears), closing(self._unit_rows):
+        with self._landing.buffer_of(self._unit_rows.packed_bytes), closing(self._unit_rows):
             return self._load(self._model)
 
     def _load(self, model: ModelSpec) -> ModelWeights:

@@ -20,14 +20,11 @@ from hetero_attn.checkpoints.sources import WeightSource
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.weights import LinearSpec, Part
 
-RUN_BYTES = 8 << 20  # of a run's rows in float32: few runs of a linear are read before the first is packed
+# Of a run's rows as they are read: few runs of a linear are read before the first is packed, and what each costs beside
+# its bytes, in Python and in kernels that begin and end, is paid 250 times a GB.
+RUN_BYTES = 4 << 20
 READERS = 2  # threads that read: one waits for the disk, or copies, while the other does
 PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def units_at_once(spec: LinearSpec) -> int:
-    """Units in a run: as many as fit in RUN_BYTES, at least one."""
-    return max(1, RUN_BYTES // (spec.unit_features * spec.in_features * 4))
 
 
 class Buffers(NamedTuple):
@@ -46,7 +43,8 @@ class UnitRows:
 
     def __init__(self, source: WeightSource, linears: tuple[LinearSpec, ...], ops: CpuKernels) -> None:
         self._source, self._ops = source, ops
-        size = max(units_at_once(spec) * spec.unit_features * self._row_bytes(spec) for spec in linears)
+        self._linears = linears
+        size = max(self._run_bytes(spec) for spec in linears)
         self._buffers = [
             Buffers(*(fresh_memory((size,), torch.uint8) for _ in Buffers._fields)) for _ in range(READERS + 1)
         ]
@@ -56,9 +54,23 @@ class UnitRows:
         """Wait for what is being read, and end the threads; may be called twice."""
         self._readers.shutdown(cancel_futures=True)
 
-    def _row_bytes(self, spec: LinearSpec) -> int:
-        """The most that a row takes: as float32, or as the file's codes, whose last group may be a longer one."""
-        return max(4 * spec.in_features, *(self._source.row_bytes(part.tensor) for part in spec.parts))
+    @property
+    def packed_bytes(self) -> int:
+        """The most that a run takes once it is packed."""
+        return max(-(-self._run_bytes(spec) * spec.unit_bytes // self._unit_bytes(spec)) for spec in self._linears)
+
+    def _run_bytes(self, spec: LinearSpec) -> int:
+        """The most that a run of a linear takes, whichever way it is cut."""
+        return max(RUN_BYTES, self._unit_bytes(spec))
+
+    def _unit_bytes(self, spec: LinearSpec) -> int:
+        """What a unit's rows take: as they are wanted, or in the file, where its last group may be a longer one."""
+        total = 0
+        for name, parts in spec.runs:
+            dtype, width = self._form(spec, name, parts)
+            row_bytes = max(dtype.itemsize * width, *(self._source.row_bytes(part.tensor) for part in parts))
+            total += _padded_rows(parts) * row_bytes
+        return total
 
     def runs(
         self, spec: LinearSpec, home: torch.Tensor | None = None, first_unit: int = 0
@@ -74,7 +86,7 @@ class UnitRows:
         Raises:
             CheckpointError: the file cannot be read, or holds a scale that is not finite.
         """
-        step = units_at_once(spec)
+        step = max(1, RUN_BYTES // self._unit_bytes(spec))
         spans = [(start, min(start + step, spec.column_units)) for start in range(0, spec.column_units, step)]
 
         def read(index: int) -> list[torch.Tensor]:
@@ -113,7 +125,7 @@ class UnitRows:
         buffers: Buffers,
     ) -> torch.Tensor:
         start, stop = units
-        features = -(-sum(part.rows_per_unit for part in parts) // BLOCK_FEATURES) * BLOCK_FEATURES
+        features = _padded_rows(parts)
         dtype, width = self._form(spec, name, parts)
         shape = (stop - start, features, width)
         if home is not None and PLAIN_DTYPES.get(name) == dtype:
@@ -154,6 +166,11 @@ class UnitRows:
             if dtype == torch.uint8 and target.dtype != torch.uint8:
                 rows = numbers_of(self._source, self._ops, part.tensor, rows)
             _copy(target, rows.reshape(units, rows_per_unit, -1))
+
+
+def _padded_rows(parts: tuple[Part, ...]) -> int:
+    """Rows of these parts in a unit, padded to whole blocks."""
+    return -(-sum(part.rows_per_unit for part in parts) // BLOCK_FEATURES) * BLOCK_FEATURES
 
 
 def _ahead(
