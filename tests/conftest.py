@@ -13,6 +13,7 @@ from placement.solve.program import Program
 from tests.support.covering import leave_out_the_rest
 from tests.support.extras import MISSING_OF_SERVER
 from tests.support.replayed import suite_lines
+from tests.support.solved import Solved
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tensors of tests are tiny: the threads of torch's pool only wait for each other, and spin on the cores meanwhile. The
@@ -81,20 +82,14 @@ def _kernels_are_compiled_here() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _programs_are_solved_once() -> Iterator[None]:
-    """Many tests plan the same model for the same machine, and the solver gives one program one answer; where a test
-    has another solver in its place, nothing is remembered."""
+    """Many tests plan the same model for the same machine; where one has another solver in its place, that is asked."""
     import scipy.optimize
 
-    known: dict[str, list[float] | None] = {}
     solver, solve = scipy.optimize.milp, Program.solve
+    known = Solved(solve)
 
     def solve_once(self: Program, whole_numbers: bool = True) -> list[float] | None:
-        if scipy.optimize.milp is not solver:
-            return solve(self, whole_numbers)
-        key = repr((self, whole_numbers))
-        if key not in known:
-            known[key] = solve(self, whole_numbers)
-        return None if known[key] is None else list(known[key])
+        return (known.of if scipy.optimize.milp is solver else solve)(self, whole_numbers)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(Program, "solve", solve_once)

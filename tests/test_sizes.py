@@ -1,6 +1,7 @@
 """Rooms stay small: how many parameters a function takes, how long a file is. The list of exceptions only shrinks."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,12 @@ MANY_PARAMETERS = {
 }
 
 
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    """The syntax of a file, which several tests look at."""
+    return ast.parse(text)
+
+
 def functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
     """Every function in a syntax tree by its name, that of the class or function around it before it."""
     for child in ast.iter_child_nodes(node):
@@ -49,7 +56,7 @@ def parameter_count(function: ast.FunctionDef) -> int:
 
 def with_many_parameters(text: str) -> list[str]:
     """Names of a file's functions with more than MOST_PARAMETERS."""
-    found = ((name, item) for name, item in functions(ast.parse(text)) if not is_compiled(item))
+    found = ((name, item) for name, item in functions(parsed(text)) if not is_compiled(item))
     return [name for name, item in found if parameter_count(item) > MOST_PARAMETERS]
 
 
@@ -79,7 +86,7 @@ def body_lines(function: ast.FunctionDef) -> int:
 
 def with_long_bodies(text: str, most: int) -> list[str]:
     """Names of a file's functions whose bodies have more than so many lines."""
-    found = ((name, item) for name, item in functions(ast.parse(text)) if not is_compiled(item))
+    found = ((name, item) for name, item in functions(parsed(text)) if not is_compiled(item))
     return [name for name, item in found if body_lines(item) > most]
 
 
@@ -107,7 +114,7 @@ def test_a_planted_function_with_many_parameters_is_found() -> None:
 
 def fixtures(text: str) -> Iterator[tuple[str, str]]:
     """The fixtures of a test file: the name of each, and what it does."""
-    for function in (item for _, item in functions(ast.parse(text))):
+    for function in (item for _, item in functions(parsed(text))):
         if any("fixture" in ast.unparse(mark) for mark in function.decorator_list):
             body = function.body[1:] if ast.get_docstring(function) else function.body
             yield function.name, "\n".join(map(ast.unparse, body))

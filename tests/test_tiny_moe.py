@@ -139,6 +139,7 @@ def test_vectors_decay_where_that_is_asked_for(training, decays_vectors):
     assert [bool((new != old).any()) for new, old in zip(model.parameters(), before)] == [True, decays_vectors]
 
 
+@pytest.mark.matrix
 def test_training_runs_on_a_tiny_corpus(tmp_path):
     """Two steps on two small modules, in a process of its own, give a checkpoint that transformers loads."""
     source, out = tmp_path / "source", tmp_path / "out"

@@ -18,12 +18,23 @@ HERE = Path(__file__).parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the tensors are tiny; idle threads of torch only disturb the neighbours
 
 
-# An ordinary run takes every kernel, format and shape of a tile once, and of every kernel several mutants.
+# An ordinary run takes every kernel, format and shape of a tile once; what proves that these tests bite comes after it.
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter's process")
-@pytest.mark.parametrize("cells", ["not matrix", pytest.param("matrix", marks=pytest.mark.matrix)])
-def test_kernels_pass_under_the_interpreter(cells):
-    files = sorted(str(path) for path in HERE.glob("test_triton_*.py"))
+@pytest.mark.parametrize(
+    ("names", "cells"),
+    [
+        pytest.param("kernels", "not matrix", id="kernels"),
+        pytest.param("mutants", "not matrix", id="mutants", marks=pytest.mark.matrix),
+        pytest.param("", "matrix", id="matrix", marks=pytest.mark.matrix),
+    ],
+)
+def test_kernels_pass_under_the_interpreter(names, cells):
+    files = sorted(
+        str(path)
+        for path in HERE.glob("test_triton_*.py")
+        if not names or ("mutants" in path.stem) == (names == "mutants")
+    )
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-m", cells]
     command = [sys.executable, "-m", "pytest", *options, *files]
 

@@ -88,7 +88,7 @@ def draft_engine(llm):
     [
         ("large", "cpu"),
         ("small", "lanes"),
-        ("windowed", "cpu"),
+        pytest.param("windowed", "cpu", marks=pytest.mark.matrix),
         pytest.param("head", "cpu", marks=pytest.mark.matrix),
         ("head", "lanes"),
     ],

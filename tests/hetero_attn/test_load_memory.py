@@ -41,7 +41,8 @@ def measured(loader, load=Loader.load):
 
 found, Loader.load = [], measured
 with LLM(sys.argv[1], dtype=sys.argv[2], device="cpu", max_context=64, num_threads=2, progress=False) as llm:
-    print(json.dumps([found[0], llm.plan.workload.weight_bytes + llm.plan.workload.embed_bytes]))
+    packed = llm.plan.workload.weight_bytes + llm.plan.workload.embed_bytes
+    print(json.dumps([found[0], packed, "numba" in sys.modules]))
 """
 
 
@@ -65,13 +66,15 @@ def large(tmp_path_factory):
 def test_no_second_copy_is_held(large, dtype):
     """The file in memory beside the weights, or these twice, would be more than is allowed.
 
-    The second of two processes is looked at: the first one may have to compile kernels, whose compiler takes memory.
+    A process that compiled kernels is not looked at, but the next one: the compiler takes memory too.
     """
     command = [sys.executable, "-c", LOAD, str(large), dtype]
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
         assert done.returncode == 0, done.stderr[-2000:]
-    grown, packed = json.loads(done.stdout.splitlines()[-1])
+        grown, packed, has_compiled = json.loads(done.stdout.splitlines()[-1])
+        if not has_compiled:
+            break
     file_bytes = (large / "model.safetensors").stat().st_size
 
     assert packed + min(packed, file_bytes) > 1.03 * packed + BESIDE or dtype == "q4" and file_bytes > BESIDE

@@ -22,7 +22,7 @@ from tests.support.mutations import KINDS, KNOWN_WORK_S, MOST_SECONDS
 from tests.support.scaled_models import fp8_blocks, make_scaled
 from tests.support.toy import make_checkpoint, make_family_checkpoint
 
-SHARE = 250  # of each kind
+SHARE = 120  # of each kind
 PIECES = 12
 PIECE = 8400  # PIECES times this is a hundred thousand
 MOST_BYTES = 64 << 20

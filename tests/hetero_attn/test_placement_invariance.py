@@ -54,7 +54,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("weight_dtype", LIMITS)
 @given(data=st.data())
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_plan_gives_the_same_logits(runs, weight_dtype, data):
     run = runs[weight_dtype]
     plan = data.draw(plans(run.path, weight_dtype))

@@ -75,6 +75,7 @@ def write_wide_checkpoint(path: Path) -> int:
     return max(tensor.nbytes for tensor in tensors.values())
 
 
+@pytest.mark.matrix  # an ordinary run has those of test_load_memory.py, which allow less
 @pytest.mark.parametrize("dtype", ["bf16", "q4"])
 def test_a_load_holds_no_second_copy_of_the_model(tmp_path, dtype):
     """Peak memory is at most 1.15 of the loaded weights and one tensor of the file."""

@@ -19,6 +19,7 @@ def run(name, *arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.matrix
 def test_the_curve_has_a_row_for_every_file_and_is_kept(tmp_path):
     """A second run measures nothing again: the row that was changed in the file stays as it is."""
     json_file, picture = tmp_path / "found.json", tmp_path / "curve.svg"

@@ -64,7 +64,7 @@ MOVES = st.tuples(st.integers(0, 6), st.booleans(), st.integers(0, 3))
 SCHEDULES = st.lists(st.tuples(*[MOVES] * SEQUENCES, st.permutations(range(SEQUENCES))), min_size=4, max_size=16)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(schedule=SCHEDULES)
 def test_no_schedule_of_rows_changes_a_logit(engine, alone, schedule):
     """Rows of any kind in one pass; drafts that are rejected leave no trace behind."""
@@ -269,7 +269,7 @@ ARRIVALS = st.lists(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(arrivals=ARRIVALS, contexts=st.sampled_from([1, 2]), prefix_cache=st.booleans())
 def test_no_mix_of_prompts_and_streams_changes_an_answer(path, solo, shape, arrivals, contexts, prefix_cache):
     """Arrivals, aborts, growth and put-backs at any step, in a cache that is too small for all."""

@@ -219,6 +219,7 @@ def test_a_running_stream_gets_a_token_at_least_every_second_chunk_of_a_long_pro
     assert tuple(late.token_ids) == alone(path, long, GREEDY)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_requests_without_max_tokens_share_the_cache_and_are_put_back_when_it_is_full(path, shape, prefix_cache):

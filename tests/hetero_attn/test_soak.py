@@ -179,7 +179,7 @@ def soak(path, shape, requests):
     return storm.done
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["cpu", pytest.param("elastic", marks=pytest.mark.matrix)])
 def test_a_share_of_the_soak(path, shape):
     soak(path, shape, 150)
 

@@ -74,7 +74,7 @@ def test_the_latest_occurrence_is_preferred():
     assert index.draft(2) == [4, 8]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(pieces=st.lists(st.lists(st.integers(0, 2), max_size=5), max_size=8))
 def test_a_drafter_reads_a_growing_text_once(pieces):
     drafter, whole, prompt, generated = NgramDrafter(), SuffixAutomaton(), [0, 1, 0, 1, 2], []

@@ -31,9 +31,11 @@ main()
 
 
 def test_an_answer_imports_nothing_that_it_does_not_use():
-    imported(GENERATE, ())  # compiles the kernels that are not kept yet
+    found = imported(GENERATE, NEEDLESS)
+    if "numba" in found:  # it compiled the kernels that were not kept yet
+        found = imported(GENERATE, NEEDLESS)
 
-    assert imported(GENERATE, NEEDLESS) == []
+    assert found == []
     assert imported([*GENERATE, "--chat"], NEEDLESS) == []
 
 

@@ -86,7 +86,7 @@ def test_an_embedding_that_stays_packed_is_read_by_the_yardsticks_too(tmp_path, 
     assert found.passed, found.table()
 
 
-@pytest.mark.parametrize("kv_dtype", ["q8", "q4"])
+@pytest.mark.parametrize("kv_dtype", [pytest.param("q8", marks=pytest.mark.matrix), "q4"])
 def test_a_quantised_cache_passes_and_the_table_fits_eighty_columns(deep, kv_dtype):
     found = report(deep, "bf16", kv_dtype=kv_dtype)
 
