@@ -15,9 +15,10 @@ from placement.solve.formulation import formulation
 from placement.solve.problem import Candidate, Problem, fastest_first, known_placements
 from placement.solve.program import INFINITY
 from placement.solve.whole_units import (
-    expert_slot_candidates,
+    SHARES,
     filled_up,
     free_tokens,
+    in_expert_slots,
     laid_out,
     with_tokens,
     with_whole_streams,
@@ -58,8 +59,10 @@ def candidates(problems: Sequence[Problem]) -> list[Candidate]:
             else:
                 too_large.append(candidate)
     fitting += _with_other_chunks(problems, fitting)
-    slotted = [other for each in fastest_first(fitting)[:MOST_TRANSFERRED] for other in expert_slot_candidates(each)]
-    fitting += [*slotted, *map(with_whole_streams, fastest_first(slotted)[:1])]
+    at_home = fastest_first(fitting)[:MOST_TRANSFERRED]
+    for share in SHARES:
+        slotted = [other for each in at_home if (other := in_expert_slots(each, share)) is not None]
+        fitting += [*slotted, *map(with_whole_streams, fastest_first(slotted)[:1])]
     return fastest_first(fitting or too_large)
 
 

@@ -150,19 +150,19 @@ def complete(candidate: Candidate) -> Candidate:
     return replace(candidate, linears=expert_slots_as(candidate.linears, linears))
 
 
-def expert_slot_candidates(candidate: Candidate) -> Iterator[Candidate]:
-    """The candidate with expert slots in the place of experts at home, where neither is given by a rule."""
+def in_expert_slots(candidate: Candidate, share: float) -> Candidate | None:
+    """The candidate with expert slots in so much of the memory of experts at home, where neither is given by a rule;
+    None where that is nothing, or does not fit."""
     problem = candidate.problem
     bounds = zip(problem.workload.linears, problem.bounds.linears, strict=True)
     at = [
         i for i, (shard, bound) in enumerate(bounds) if shard.picks and (bound.gpu, bound.expert_slots) == (None, None)
     ]
-    for share in SHARES if at and candidate.on_gpu else ():
-        linears = _exchanged(candidate, at, share)
-        if linears is not None:
-            found = replace(candidate, linears=linears, label=f"{candidate.label}; {share:.0%} of experts in slots")
-            if found.fits:
-                yield found
+    linears = _exchanged(candidate, at, share) if at and candidate.on_gpu else None
+    if linears is None:
+        return None
+    found = replace(candidate, linears=linears, label=f"{candidate.label}; {share:.0%} of experts in slots")
+    return found if found.fits else None
 
 
 def with_whole_streams(candidate: Candidate) -> Candidate:
