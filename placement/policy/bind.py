@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from fnmatch import translate
 
 from placement.plan.shards import KvShard, LinearShard
@@ -14,6 +15,9 @@ from placement.policy.rules import Rule
 
 _RANGE = re.compile(r"layers\.(\d+)-(\d+)\.(.+)")
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+
+
+Conflicts = dict[tuple[str, str], list[str]]  # shards by where a rule stands and what of it they cannot meet
 
 
 class _Conflict(ValueError):
@@ -29,16 +33,18 @@ def bind(policy: Policy, workload: Workload, device: str) -> Bounds:
     """
     problems = _unmatched(policy, workload)
     linears, kv, reached = [], [], set()
+    conflicts: Conflicts = {}
     for shard in workload.linears:
         index = _first(policy.rules, shard.name, lambda rule: rule.sets_linears)
         reached.add(index)
         free = _cpu_only(shard) if device == "cpu" else LinearBounds()
-        linears.append(_collect(problems, policy, index, free, _linear_bounds, shard, device))
+        linears.append(_collect(conflicts, policy, index, free, _linear_bounds, shard, device))
     for cache in workload.kv:
         index = _first(policy.rules, cache.name, lambda rule: rule.kv is not None)
         reached.add(index)
         open_bounds = KvBounds(0, 0) if device == "cpu" else KvBounds()
-        kv.append(_collect(problems, policy, index, open_bounds, _kv_bounds, cache, device, workload))
+        kv.append(_collect(conflicts, policy, index, open_bounds, _kv_bounds, cache, device, workload))
+    problems += [f"{where}: {_some(names)} {what}" for (where, what), names in conflicts.items()]
     reached |= {_dtype_rule(policy, shard.name) for shard in workload.linears}
     for index, rule in enumerate(policy.rules):
         if _matches_any(rule.match, workload) and index not in reached:
@@ -122,16 +128,20 @@ def _why_idle(policy: Policy, index: int, workload: Workload) -> str:
     return "it sets kv for linears or shares for a KV cache"
 
 
-def _collect(problems: list[str], policy: Policy, index: int | None, free, resolve, *args):
+def _some(names: Sequence[str]) -> str:
+    """The first of shards that a rule fails alike, and how many more there are."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _collect(conflicts: Conflicts, policy: Policy, index: int | None, free, resolve, *args):
     if index is None:
         return free
     try:
         return resolve(policy.rules[index], *args)
     except _Conflict as conflict:
         rule = policy.rules[index]
-        problems.append(
-            f"{policy.where(('rules', index, *conflict.path))}: {args[0].name} (rule {rule.match!r}): {conflict}"
-        )
+        where = policy.where(("rules", index, *conflict.path))
+        conflicts.setdefault((where, f"(rule {rule.match!r}): {conflict}"), []).append(args[0].name)
         return free
 
 
@@ -172,7 +182,8 @@ def _linear_bounds(rule: Rule, shard: LinearShard, device: str) -> LinearBounds:
             cpus.append(cpu)
     if expert_slots and expert_slots > shard.units - gpu:
         if rule.expert_slots != "all":
-            raise _Conflict(("expert_slots",), f"{expert_slots} is more than the {shard.units - gpu} experts in DRAM")
+            message = f"{expert_slots} is more than the {shard.units - gpu} experts in DRAM; give that or fewer, or all"
+            raise _Conflict(("expert_slots",), message)
         expert_slots = shard.units - gpu
     if device == "cpu":
         if gpu or any(streams):

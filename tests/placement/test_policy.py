@@ -221,6 +221,13 @@ def test_rules_that_cannot_be_met_name_place_and_reason(rule, expected):
     assert 1 == len(found) and found[0].startswith("p.yaml:2:") and expected in found[0], found
 
 
+def test_what_all_layers_fail_alike_is_said_once():
+    """Forty-eight lines said the same of a model's experts."""
+    found = bind_problems("rules:\n  - {match: layers.*.qkv, gpu: 99 units}\n")
+
+    assert len(found) == 1 and "layers.0.qkv and 3 more (rule 'layers.*.qkv'): 99 units is more than" in found[0]
+
+
 def test_a_rule_hidden_by_an_earlier_one_is_an_error():
     found = bind_problems("rules:\n  - {match: '*', cpu: 1}\n  - {match: head, gpu: 1}\n")
 
