@@ -7,7 +7,7 @@ from numba import types
 
 from cpu_kernels.formats.weights import BLOCK_FEATURES
 from cpu_kernels.vectors.compiler import helper
-from cpu_kernels.vectors.dot import line_products
+from cpu_kernels.vectors.dot import in_parts, line_products
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.tiles import finish_dots, masked_line, zeros
 from cpu_kernels.vectors.vector import (
@@ -24,7 +24,6 @@ from cpu_kernels.vectors.vector import (
     lanes_below,
     load_as,
     masked_load,
-    picked,
     prefetch_value,
     unknown,
 )
@@ -84,25 +83,23 @@ def lanes_of_sums(isa: Isa, features: int, rows: int) -> int:
     return 8 if isa.has_avx2 and 2 * features * rows > 12 else LANES
 
 
-def parts_of(b, vector, lanes: int):
-    """A vector of 16 lanes as vectors of so many."""
-    return [picked(b, vector, vector, list(range(at, at + lanes))) for at in range(0, LANES, lanes)]
-
-
 def tile_step(isa: Isa, weight_dtype: str, features: int, rows: int):
     """Intrinsics (sums, w, w_stride, x, x_stride[, items]) -> sums: one 64-byte line, whole or its first items."""
     lanes = lanes_of_sums(isa, features, rows)
     tile = types.UniTuple(float_vector(lanes), features * rows)
     shape, products = line_of(isa, weight_dtype), line_products(isa, weight_dtype)
 
+    def in_lanes(b, vector):
+        return in_parts(b, vector, ir.VectorType(vector.type.element, lanes))
+
     def accumulate(b, sums, weights_of, x_rows, load):
         """weights_of: the lines of weights for a place of `products`. A part of an input line is read once for all
         features."""
         for place, (select, add_product) in enumerate(products):
-            for part, words in enumerate(zip(*(parts_of(b, line, lanes) for line in weights_of(place)))):
+            for part, words in enumerate(zip(*(in_lanes(b, line) for line in weights_of(place)))):
                 ws = [select(b, w) for w in words]
                 for row, address in enumerate(x_rows):
-                    x = parts_of(b, load(b, address, 64 * place), lanes)[part]
+                    x = in_lanes(b, load(b, address, 64 * place))[part]
                     for f, w in enumerate(ws):
                         index = row * features + f
                         sums = b.insert_value(sums, add_product(b, b.extract_value(sums, index), w, x), index)

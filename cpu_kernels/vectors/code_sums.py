@@ -13,7 +13,17 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from cpu_kernels.vectors.dot import V8I32, V16I16, V32I8, emit_dot4, emit_sdot, in_parts, together
+from cpu_kernels.vectors.dot import (
+    V8I32,
+    V16I16,
+    V32I8,
+    emit_dot2_256,
+    emit_dot4,
+    emit_sdot,
+    in_parts,
+    pair_products,
+    together,
+)
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.vector import VI32, call_llvm, constant, in_order
 
@@ -130,9 +140,8 @@ class WidenedSum(Sum):
 
     def _widen(self, shorts) -> None:
         """Add two registers of int16 sums times the factor."""
-        halves = zip(shorts, self._factor)
-        wide = [call_llvm(self._b, "llvm.x86.avx2.pmadd.wd", V8I32, *both) for both in halves]
-        self._total = self._b.add(self._total, together(self._b, wide))
+        halves = zip(in_parts(self._b, self._total, V8I32), shorts, self._factor)
+        self._total = together(self._b, [emit_dot2_256(self._how.isa, self._b, *half) for half in halves])
 
 
 class PairSum(WidenedSum):
@@ -156,7 +165,7 @@ class PairSum(WidenedSum):
     def add(self, operand, x) -> None:
         """See Sum."""
         b = self._b
-        products = [self._product(*pair) for pair in zip(in_parts(b, operand, V32I8), in_parts(b, x, V32I8))]
+        products = [pair_products(b, *pair) for pair in zip(in_parts(b, operand, V32I8), in_parts(b, x, V32I8))]
         self._shorts = products if self._held == 0 else [b.add(*both) for both in zip(self._shorts, products)]
         self._held += 1
         if (self._held + 1) * 2 * LARGEST_INPUT * self._how.largest > LARGEST_SHORT:
@@ -166,11 +175,10 @@ class PairSum(WidenedSum):
         """Add several words' products of eight features; as many as int16 holds."""
         b, shorts = self._b, None
         for operand, x in zip(operands, inputs):
-            products = self._product(in_parts(b, operand, V32I8)[half], in_parts(b, x, V32I8)[half])
+            products = pair_products(b, in_parts(b, operand, V32I8)[half], in_parts(b, x, V32I8)[half])
             shorts = products if shorts is None else b.add(shorts, products)
-        wide = call_llvm(b, "llvm.x86.avx2.pmadd.wd", V8I32, shorts, self._factor[half])
         parts = in_parts(b, self._total, V8I32)
-        parts[half] = b.add(parts[half], wide)
+        parts[half] = emit_dot2_256(self._how.isa, b, parts[half], shorts, self._factor[half])
         self._total = together(b, parts)
 
     def total(self):
@@ -178,9 +186,6 @@ class PairSum(WidenedSum):
         if self._held:
             self._flush()
         return self._total
-
-    def _product(self, codes, x):
-        return call_llvm(self._b, "llvm.x86.avx2.pmadd.ub.sw", V16I16, codes, x)
 
     def _flush(self) -> None:
         self._widen(self._shorts)
@@ -195,5 +200,5 @@ class MagnitudeSum(WidenedSum):
         b, shorts = self._b, []
         for (magnitude, signed), inputs in zip(operand, in_parts(b, x, V32I8)):
             turned = call_llvm(b, "llvm.x86.avx2.psign.b", V32I8, inputs, signed)
-            shorts.append(call_llvm(b, "llvm.x86.avx2.pmadd.ub.sw", V16I16, magnitude, turned))
+            shorts.append(pair_products(b, magnitude, turned))
         self._widen(shorts)

@@ -35,10 +35,10 @@ class _BFloat(ir.types.Type):
 
 
 def in_parts(builder, vector, part):
-    """A vector of 64 bytes as several of the type `part`."""
-    whole = ir.VectorType(part.element, 512 // part.element.width)
-    vector, lanes = builder.bitcast(vector, whole), ir.VectorType(I32, part.count)
-    starts = range(0, whole.count, part.count)
+    """A vector as several of the type `part`; one of other items has 64 bytes."""
+    if vector.type.element != part.element:
+        vector = builder.bitcast(vector, ir.VectorType(part.element, 512 // part.element.width))
+    lanes, starts = ir.VectorType(I32, part.count), range(0, vector.type.count, part.count)
     picks = (ir.Constant(lanes, list(range(start, start + part.count))) for start in starts)
     return [builder.shuffle_vector(vector, vector, pick) for pick in picks]
 
@@ -52,11 +52,17 @@ def together(builder, parts):
     return parts[0]
 
 
-def _vpdpbusd_256(builder, acc, unsigned, signed):
-    parts = zip(*(in_parts(builder, value, V8I32) for value in (acc, unsigned, signed)))
-    return together(
-        builder, [call_llvm(builder, "llvm.x86.avx512.vpdpbusd.256", V8I32, *operands) for operands in parts]
-    )
+def pair_products(builder, unsigned, signed):
+    """<16 x i16>: sums of two products of bytes, <32 x i8>, on AVX2; where they exceed int16 it is the nearest."""
+    return call_llvm(builder, "llvm.x86.avx2.pmadd.ub.sw", V16I16, unsigned, signed)
+
+
+def emit_dot4_256(isa: Isa, builder, acc, unsigned, signed):
+    """As emit_dot4 on 256 bits, of "avxvnni" and "avx2", there of sums of two products that fit in int16; <8 x i32>."""
+    if isa.name == "avxvnni":
+        return call_llvm(builder, "llvm.x86.avx512.vpdpbusd.256", V8I32, acc, unsigned, signed)
+    pairs = pair_products(builder, builder.bitcast(unsigned, V32I8), builder.bitcast(signed, V32I8))
+    return emit_dot2_256(isa, builder, acc, pairs, constant(V16I16, 1))
 
 
 def emit_sdot(builder, acc, a, b):
@@ -89,7 +95,8 @@ def emit_dot4(isa: Isa, builder, acc, unsigned, signed):
     if isa.has_avx512:
         return call_llvm(builder, "llvm.x86.avx512.vpdpbusd.512", VI32, acc, unsigned, signed)
     if isa.name == "avxvnni":
-        return _vpdpbusd_256(builder, acc, unsigned, signed)
+        parts = zip(*(in_parts(builder, value, V8I32) for value in (acc, unsigned, signed)))
+        return together(builder, [emit_dot4_256(isa, builder, *operands) for operands in parts])
     return _even_odd(builder, acc, unsigned, signed)
 
 

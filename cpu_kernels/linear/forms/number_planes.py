@@ -8,7 +8,7 @@ float32 of the codes takes eight interleavings for 32 numbers, on the ports that
 
 from llvmlite import ir
 
-from cpu_kernels.vectors.dot import V8I32, V16I16, V32I8, in_parts, together
+from cpu_kernels.vectors.dot import V8I32, V32I8, emit_dot4_256, in_parts, together
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.vector import VF32, VI32, call_llvm, constant, fma_value, in_order
 
@@ -29,15 +29,6 @@ def digit_planes(values: tuple[float, ...]) -> list[list[int]]:
     return [*lower, [number >> DIGIT_BITS * (PLANES - 1) for number in whole]]
 
 
-def _add_products(isa: Isa, b, total, digits, inputs):
-    """total + sums of four products of digits and int8 activations, <8 x i32>."""
-    if isa.name == "avxvnni":
-        operands = total, b.bitcast(digits, V8I32), inputs
-        return call_llvm(b, "llvm.x86.avx512.vpdpbusd.256", V8I32, *operands)
-    pairs = call_llvm(b, "llvm.x86.avx2.pmadd.ub.sw", V16I16, digits, b.bitcast(inputs, V32I8))
-    return b.add(total, call_llvm(b, "llvm.x86.avx2.pmadd.wd", V8I32, pairs, constant(V16I16, 1)))
-
-
 def planes_dot(isa: Isa, b, values: tuple[float, ...], half_word, record, places: range, taken):
     """<16 x float>: sums of number * input of 16 features and one row, over the words at `places`.
 
@@ -53,7 +44,7 @@ def planes_dot(isa: Isa, b, values: tuple[float, ...], half_word, record, places
             x, codes = in_parts(b, source.inputs(0, k), V8I32)[0], b.bitcast(half_word(k, half), V32I8)
             for plane, table in enumerate(tables):
                 digits = call_llvm(b, "llvm.x86.avx2.pshuf.b", V32I8, table, codes)
-                sums[plane] = _add_products(isa, b, sums[plane], digits, x)
+                sums[plane] = emit_dot4_256(isa, b, sums[plane], b.bitcast(digits, V8I32), x)
             sums = in_order(b, sums)
         halves.append(sums)
     planes = [together(b, list(both)) for both in zip(*halves)]
