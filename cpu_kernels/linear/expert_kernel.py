@@ -12,7 +12,8 @@ Which experts and how many rows are memory contents: a recorded call follows wha
 from cpu_kernels.formats import GROUP_INPUTS, WeightFormat
 from cpu_kernels.linear.dot_blocks import line_of
 from cpu_kernels.linear.dot_kernel import keep_rounded, keep_widened, padded_row_bytes, rows_over_range
-from cpu_kernels.linear.panels import panels_over_range, spread_area
+from cpu_kernels.linear.panels.over_range import panels_over_range
+from cpu_kernels.linear.panels.places import spread_area
 from cpu_kernels.linear.q_kernel import groups_times_panel
 from cpu_kernels.linear.records import panel_of, row_quantiser
 from cpu_kernels.linear.sizes import RECORD_BYTES, SEGMENT_GROUPS, SPREAD_ROWS

@@ -13,7 +13,8 @@ from numba import types
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat, format_of
 from cpu_kernels.formats.weights import SUPERBLOCK_LINES
 from cpu_kernels.linear.forms.step import form_step, header_ahead
-from cpu_kernels.linear.panels import panels_over_range, spread_area
+from cpu_kernels.linear.panels.over_range import panels_over_range
+from cpu_kernels.linear.panels.places import spread_area
 from cpu_kernels.linear.records import panel_of, row_quantiser
 from cpu_kernels.linear.sizes import FILLED_ROWS, RECORD_BYTES, SEGMENT_GROUPS, SPREAD_PLANES
 from cpu_kernels.team.arguments import LINEAR

@@ -1,0 +1,1 @@
+"""Panels of rows times ranges of blocks of coded weights, as they lie or spread to bytes."""
