@@ -9,14 +9,14 @@ is shared like any other.
 Which experts and how many rows are memory contents: a recorded call follows whatever the router has written.
 """
 
-from cpu_kernels.formats import GROUP_INPUTS, WeightFormat
+from cpu_kernels.formats import GROUP_INPUTS, WeightFormat, format_of
 from cpu_kernels.linear.dot_blocks import line_of
 from cpu_kernels.linear.dot_kernel import keep_rounded, keep_widened, padded_row_bytes, rows_over_range
 from cpu_kernels.linear.panels.over_range import panels_over_range
 from cpu_kernels.linear.panels.places import spread_area
 from cpu_kernels.linear.q_kernel import groups_times_panel
 from cpu_kernels.linear.records import panel_of, row_quantiser
-from cpu_kernels.linear.sizes import RECORD_BYTES, SEGMENT_GROUPS, SPREAD_ROWS
+from cpu_kernels.linear.sizes import RECORD_BYTES, SEGMENT_GROUPS, spread_rows
 from cpu_kernels.team.arguments import EXPERT_LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
 from cpu_kernels.vectors.compiler import helper
@@ -143,7 +143,8 @@ def further_panel(isa: Isa, item: WeightFormat, rows: int):
 def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
     """Kernel for coded weights, in panels of up to `tile` rows."""
     quantize_row = row_quantiser(weight_dtype)
-    over_rows = panels_over_range(isa, weight_dtype, tile, further_panel, 0)
+    over_rows = panels_over_range(isa, weight_dtype, tile, further_panel, 0, goes_on=True)
+    least_rows = spread_rows(isa, format_of(weight_dtype))
 
     @helper
     def quantize(arguments):
@@ -173,7 +174,7 @@ def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
     @helper
     def multiply(arguments, prepared, expert, place, picks, start, stop):
         records, area = prepared
-        area = area if picks >= SPREAD_ROWS else 0
+        area = area if picks >= least_rows else 0
         over_rows(arguments, records, weight_of(arguments, expert), place, picks, start, stop, area)
 
     over_ranges = shared_ranges(multiply)

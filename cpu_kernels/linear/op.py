@@ -20,14 +20,14 @@ from cpu_kernels.formats import (
 )
 from cpu_kernels.linear.sizes import (
     FILLED_ROWS,
+    NUMBER_BLOCKS,
     PIECE_INPUTS,
     RANGE_BYTES,
     RECORD_BYTES,
     SPREAD_BYTES,
-    SPREAD_ROWS,
     STREAM_ROWS,
     WIDE_PIECE_INPUTS,
-    is_spread,
+    spread_rows,
 )
 from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.team import Team
@@ -71,7 +71,8 @@ def kernel_of(isa: Isa, weight_dtype: str, rows: int) -> tuple[tuple[str, str], 
 
 def with_spread_area(isa: Isa, weight_dtype: str, rows: int, used_bytes: int, threads: int) -> tuple[int, int]:
     """(working memory, where in it, behind what is used, codes are spread or 0) of a call of so many rows."""
-    if rows < SPREAD_ROWS or not is_spread(isa, format_of(weight_dtype)):
+    least_rows = spread_rows(isa, format_of(weight_dtype))
+    if not least_rows or rows < least_rows:
         return used_bytes, 0
     spread = -(-used_bytes // LINE_BYTES) * LINE_BYTES
     return spread + threads * SPREAD_BYTES, spread
@@ -85,13 +86,21 @@ def piece_inputs(isa: Isa, weight_dtype: str) -> int:
 
 class Call(NamedTuple):
     """What a call is by its shape alone: its kernel, as Team.run takes it, its working memory and where in it codes are
-    spread, the inputs that panels of rows are multiplied with at a time, and whether its rows are one panel."""
+    spread, the inputs that panels of rows are multiplied with at a time, whether its rows are one panel, and how many
+    blocks share what is made of the inputs."""
 
     kernel: tuple
     scratch_bytes: int
     spread: int
     piece: int
     is_one_panel: bool
+    sharing_blocks: int
+
+    def smallest_range(self, num_blocks: int, block_bytes: int, threads: int) -> int:
+        """Fewest blocks that a thread takes at a time."""
+        of_bytes = RANGE_BYTES // block_bytes if block_bytes else 1
+        sharing = min(self.sharing_blocks, num_blocks // (4 * threads))
+        return max(1, sharing, min(of_bytes, -(-num_blocks // threads)))
 
 
 @lru_cache(maxsize=1024)
@@ -106,6 +115,7 @@ def _call_of(isa: Isa, threads: int, weight_dtype: str, rows: int, in_features: 
         spread=spread,
         piece=in_features if rows <= STREAM_ROWS else piece_inputs(isa, weight_dtype),
         is_one_panel=is_one_panel(weight_dtype, rows, tile[-1]),
+        sharing_blocks=NUMBER_BLOCKS if spread and format_of(weight_dtype).has_float_codes else 1,
     )
 
 
@@ -169,7 +179,7 @@ def _run(team: Team, operands: Operands, part: Segment, run: int) -> None:
             accumulate=int(accumulate),
             piece=call.piece,
             spread=call.spread,
-            smallest=max(1, min(RANGE_BYTES // block_bytes if block_bytes else 1, -(-num_blocks // team.num_threads))),
+            smallest=call.smallest_range(num_blocks, block_bytes, team.num_threads),
             # Ranges of several panels of rows stay in cache.
             parts=2 * team.num_threads if call.is_one_panel else num_blocks,
             run=run,

@@ -12,12 +12,18 @@ STREAM_ROWS = 16  # up to here a block is read whole, as one stream; above, inpu
 PIECE_INPUTS = 4096  # inputs per piece: a panel of rows and a block of weights stay in the first two levels
 WIDE_PIECE_INPUTS = 1024  # the same where inputs are float32: a panel of six rows takes 24 KiB
 SPREAD_ROWS = 64  # from so many rows on codes are spread to bytes before they are multiplied (forms/spread.py)
+NUMBER_ROWS = 6  # and codes that are numbers made float32: a whole tile (forms/number_tiles.py)
 SPREAD_BYTES = 192 << 10  # working memory of a thread for it: two blocks of a piece or more, in the second level
 SPREAD_PLANES = {"u4": "b4", "u5": "b5", "u6": "b6", "t4": "bt"}
 SPREAD_NIBBLES = ("S32", "SM32", "SZ32", "SI32")  # headers with which nibbles gain; sums of longer runs wait for less
+NUMBER_BLOCKS = 8  # blocks at once that share what is made of the inputs
 
 
-def is_spread(isa: Isa, item: WeightFormat) -> bool:
-    """Whether many rows of a format multiply its codes as bytes."""
+def spread_rows(isa: Isa, item: WeightFormat) -> int:
+    """From how many rows on they multiply what is made of a format's codes once for all of them; 0 where none do."""
+    if not isa.has_avx2:
+        return 0
+    if item.has_float_codes:
+        return NUMBER_ROWS
     gains = item.plane in SPREAD_PLANES and (item.plane != "u4" or item.header in SPREAD_NIBBLES)
-    return gains and isa.has_avx2
+    return SPREAD_ROWS if gains else 0

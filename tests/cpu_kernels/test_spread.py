@@ -6,13 +6,13 @@ import torch
 from cpu_kernels.contract import Picks
 from cpu_kernels.formats import FORMATS, unit_bytes
 from cpu_kernels.linear.forms.spread import spread_format
-from cpu_kernels.linear.sizes import SPREAD_BYTES, SPREAD_ROWS, is_spread
+from cpu_kernels.linear.sizes import SPREAD_BYTES, SPREAD_ROWS, spread_rows
 from cpu_kernels.vectors.isa import named
 from tests.support.covering import covering
 from tests.support.cpu_oracles import ISAS, guarded, kernels, only_inside_written, routing
 
 PATHS = [name for name in ISAS if named(name).has_avx2]
-SPREAD = [item for item in FORMATS.values() if is_spread(named("avx2"), item)]
+SPREAD = [item for item in FORMATS.values() if spread_rows(named("avx2"), item) == SPREAD_ROWS]
 by_format = pytest.mark.parametrize(
     ("isa", "item"), covering(PATHS, SPREAD, lambda item: {item.plane, item.header}, lambda item: item.name)
 )
@@ -27,7 +27,7 @@ def any_weight(item, shape, in_features):
 
 def test_every_plane_of_several_bits_is_spread_somewhere():
     assert {item.plane for item in SPREAD} == {"u4", "u5", "u6", "t4"}
-    assert not any(is_spread(named("avx512"), item) or is_spread(named("neon"), item) for item in FORMATS.values())
+    assert not any(spread_rows(named("avx512"), item) or spread_rows(named("neon"), item) for item in FORMATS.values())
 
 
 @by_format

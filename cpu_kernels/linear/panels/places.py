@@ -9,7 +9,7 @@ from cpu_kernels.vectors.compiler import helper
 
 @helper
 def spread_area(arguments, thread):
-    """A thread's working memory for blocks whose codes are spread, SPREAD_BYTES; 0 where the call has too few rows."""
+    """A thread's working memory for what is made of codes, SPREAD_BYTES; 0 where the call has too few rows."""
     offset = parameter(arguments, LINEAR.spread)
     return parameter(arguments, LINEAR.scratch) + offset + SPREAD_BYTES * thread if offset else 0
 
