@@ -137,6 +137,18 @@ def differences(b, stage, minimum, to):
         store_as(b, b.fsub(value_at(b, stage, index), minimum), to, LINE_BYTES * index)
 
 
+def squared_errors(b, codes, values, scale, minimum):
+    """Of the first half of these inputs, one lane's, and of the other; of its registers every other has its own sum."""
+    runs = len(codes) // 2
+    held = [fma_value(b, code, scale, minimum) for code in codes]
+    missed = [b.fsub(value, each) for value, each in zip(values, held, strict=True)]
+    sums = [b.fmul(value, value) for at, value in enumerate(missed) if at % runs < 2]
+    later = [value for at, value in enumerate(missed) if at % runs >= 2]
+    if later:
+        sums = [fma_value(b, value, value, total) for value, total in zip(later, sums, strict=True)]
+    return [b.fadd(*sums[:2]), b.fadd(*sums[2:])]
+
+
 def error_of(inputs: int, high: float):
     """Intrinsic (stage, where the inputs' differences from the minimum are, scale, minimum): the squared error of each
     feature's inputs in codes of 0..high."""
@@ -149,14 +161,7 @@ def error_of(inputs: int, high: float):
         def leaves(lane):
             lines = lines_of(lane, runs)
             codes = codes_of(b, [value_at(b, above, line) for line in lines], inverse, high)
-            held = [fma_value(b, code, scale, minimum) for code in codes]
-            missed = [b.fsub(value_at(b, stage, line), value) for line, value in zip(lines, held, strict=True)]
-            # Every other run has a sum of its own.
-            sums = [b.fmul(value, value) for at, value in enumerate(missed) if at % runs < 2]
-            if runs == 4:
-                later = [value for at, value in enumerate(missed) if at % runs >= 2]
-                sums = [fma_value(b, value, value, total) for value, total in zip(later, sums, strict=True)]
-            return [b.fadd(*sums[:2]), b.fadd(*sums[2:])]
+            return squared_errors(b, codes, [value_at(b, stage, line) for line in lines], scale, minimum)
 
         return trees(b, leaves)[0]
 
@@ -183,32 +188,62 @@ def sum_of_inputs(b, stage):
     return trees(b, lambda lane: [_sum(b, values(lane)[at : at + 4]) for at in (0, 4)])[0]
 
 
-def refitted(high: float):
-    """Intrinsic (stage, scale, minimum, sum of inputs): scale and minimum of least squares for the codes of 64 inputs
-    that those given choose; those given where all codes are alike."""
+def _sums_of_codes(b, codes, values):
+    """Of codes, of their squares, of codes times values: of the first four, then of the others."""
+    sums = []
+    for at in (0, 4):
+        four, numbers = codes[at : at + 4], values[at : at + 4]
+        sums += [_sum(b, four), _dot(b, four, four), _dot(b, four, numbers)]
+    return sums
 
-    @emits(types.UniTuple(F32x8, 2), intp, F32x8, F32x8, F32x8)
-    def fitted(b, stage, scale, minimum, sum_v):
+
+def code_sums(high: float):
+    """Intrinsic (stage, scale, minimum): of the codes of 64 inputs their sum, that of their squares, and that of their
+    products with the inputs."""
+
+    @emits(types.UniTuple(F32x8, 3), intp, F32x8, F32x8)
+    def sums(b, stage, scale, minimum):
         inverse = inverse_value(b, scale)
 
         def leaves(lane):
             values = [value_at(b, stage, line) for line in lines_of(lane, 4)]
-            codes, sums = codes_of(b, [b.fsub(value, minimum) for value in values], inverse, high), []
-            for at in (0, 4):
-                four, numbers = codes[at : at + 4], values[at : at + 4]
-                sums += [_sum(b, four), _dot(b, four, four), _dot(b, four, numbers)]
-            return sums
+            codes = codes_of(b, [b.fsub(value, minimum) for value in values], inverse, high)
+            return _sums_of_codes(b, codes, values)
 
-        sum_c, sum_cc, sum_cv = trees(b, leaves)
-        count = constant(VF32, float(4 * RUN_INPUTS))
-        determinant = b.fsub(b.fmul(count, sum_cc), b.fmul(sum_c, sum_c))
-        new_scale = b.fdiv(b.fsub(b.fmul(count, sum_cv), b.fmul(sum_c, sum_v)), determinant)
-        new_minimum = b.fdiv(b.fsub(sum_v, b.fmul(new_scale, sum_c)), count)
-        alike = b.fcmp_ordered("<=", determinant, ZERO)
-        pairs = ((new_scale, scale), (new_minimum, minimum))
-        return tuple_of(b, [half_value(b, b.select(alike, given, new)) for new, given in pairs])
+        return tuple_of(b, trees(b, leaves))
 
-    return fitted
+    return sums
+
+
+def error_and_sums(high: float):
+    """Intrinsic (stage, scale, minimum): the error of 64 inputs as `error_of` has it, then what `code_sums` gives."""
+
+    @emits(types.UniTuple(F32x8, 4), intp, F32x8, F32x8)
+    def found(b, stage, scale, minimum):
+        inverse = inverse_value(b, scale)
+
+        def leaves(lane):
+            values = [value_at(b, stage, line) for line in lines_of(lane, 4)]
+            codes = codes_of(b, [b.fsub(value, minimum) for value in values], inverse, high)
+            errors, sums = squared_errors(b, codes, values, scale, minimum), _sums_of_codes(b, codes, values)
+            return [errors[0], *sums[:3], errors[1], *sums[3:]]
+
+        return tuple_of(b, trees(b, leaves))
+
+    return found
+
+
+@emits(types.UniTuple(F32x8, 2), F32x8, F32x8, F32x8, F32x8, F32x8, F32x8)
+def least_squares(b, scale, minimum, sum_v, sum_c, sum_cc, sum_cv):
+    """Scale and minimum that fit 64 inputs and their codes best, as float16 has them; those given where all codes are
+    alike."""
+    count = constant(VF32, float(4 * RUN_INPUTS))
+    determinant = b.fsub(b.fmul(count, sum_cc), b.fmul(sum_c, sum_c))
+    new_scale = b.fdiv(b.fsub(b.fmul(count, sum_cv), b.fmul(sum_c, sum_v)), determinant)
+    new_minimum = b.fdiv(b.fsub(sum_v, b.fmul(new_scale, sum_c)), count)
+    alike = b.fcmp_ordered("<=", determinant, ZERO)
+    pairs = ((new_scale, scale), (new_minimum, minimum))
+    return tuple_of(b, [half_value(b, b.select(alike, given, new)) for new, given in pairs])
 
 
 def word_of(b, codes):

@@ -12,14 +12,16 @@ from cpu_kernels.formats import BLOCK_FEATURES, LINE_BYTES
 from cpu_kernels.linear.packing.group_fit import (
     VF32,
     VI32,
+    code_sums,
     codes_of,
     differences,
+    error_and_sums,
     error_of,
     extremes,
     half_value,
     inverse_value,
+    least_squares,
     magnitudes,
-    refitted,
     signed_code,
     store_halves,
     sum_of_inputs,
@@ -37,7 +39,8 @@ MOST_Q4, MOST_Q8 = 15.0, 127.0
 STEP_Q4 = np.float32(1.0 / MOST_Q4)
 HALF_LINE = LINE_BYTES // 2  # of a stage or a packed line: eight features
 
-error_q4, refit_q4, error_q8 = error_of(64, MOST_Q4), refitted(MOST_Q4), error_of(32, MOST_Q8)
+error_q4, error_q8 = error_of(64, MOST_Q4), error_of(32, MOST_Q8)
+sums_q4, error_and_sums_q4 = code_sums(MOST_Q4), error_and_sums(MOST_Q4)
 
 
 @emits(F32x8, float32)
@@ -129,15 +132,16 @@ def search_q4(stage, spare):
                 chosen(error, best, minimum, best_minimum),
             )
             best = chosen(error, best, error, best)
+    sum_c, sum_cc, sum_cv = sums_q4(stage, best_scale, best_minimum)
     for _ in range(REFITS):
-        scale, minimum = refit_q4(stage, best_scale, best_minimum, sum_v)
-        differences(stage, minimum, spare)
-        error = error_q4(stage, spare, scale, minimum)
+        scale, minimum = least_squares(best_scale, best_minimum, sum_v, sum_c, sum_cc, sum_cv)
+        error, new_c, new_cc, new_cv = error_and_sums_q4(stage, scale, minimum)
         if not any_below(error, best):
             break
         best_scale = chosen(error, best, scale, best_scale)
         best_minimum = chosen(error, best, minimum, best_minimum)
-        best = chosen(error, best, error, best)
+        sum_c, sum_cc = chosen(error, best, new_c, sum_c), chosen(error, best, new_cc, sum_cc)
+        sum_cv, best = chosen(error, best, new_cv, sum_cv), chosen(error, best, error, best)
     return best_scale, best_minimum
 
 
