@@ -64,9 +64,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What modules have made stays: no later collection looks through their half a million objects again."""
+    """What modules have made stays: no later collection looks through their half a million objects again. Collections
+    are rare, a tenth of a test's CPU time else; tests that wait for one ask for it."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)
