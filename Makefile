@@ -1,6 +1,6 @@
 # make demo   set up .venv and run the demonstration: SmolLM2-135M, fetched once (92 MB), else the shipped checkpoint
 # make test   set up .venv and run the test suite: every test, of long tables every row and column
-# make test-matrix  the rest of those tables (marker matrix); .ci/run runs it after test
+# make test-matrix  the rest of those tables, and whole runs of what test tries in small; .ci/run runs it after test
 # make test-all  both, then what takes many minutes more: the soak, 100,000 mutations, every kernel for every GPU
 # make lint   set up .venv and check form and types: ruff and mypy
 # make clean  remove .venv and everything that was built
