@@ -62,8 +62,10 @@ def step_period(batch_steps: int) -> int:
 def _mean_of_batches(workload: Workload, shard: LinearShard, placement: LinearPlacement, batch_steps: float) -> float:
     """`hit_rate` where copies take the bus so many steps in the mean."""
     fewer, share = int(batch_steps), batch_steps % 1
-    few, many = (hit_rate(workload, shard, placement, period=step_period(steps)) for steps in (fewer, fewer + 1))
-    return (1.0 - share) * few + share * many
+    few = hit_rate(workload, shard, placement, period=step_period(fewer))
+    if not share:
+        return few
+    return (1.0 - share) * few + share * hit_rate(workload, shard, placement, period=step_period(fewer + 1))
 
 
 def mean_hit_rate(workload: Workload, linears: Sequence[LinearPlacement], batch_steps: float = 1) -> float:

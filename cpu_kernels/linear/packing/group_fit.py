@@ -197,6 +197,12 @@ def _sums_of_codes(b, codes, values):
     return sums
 
 
+def _values_and_codes(b, stage, lane: int, minimum, inverse, high: float):
+    """The inputs of a lane's lines, and the codes from 0 on that they get."""
+    values = [value_at(b, stage, line) for line in lines_of(lane, 4)]
+    return values, codes_of(b, [b.fsub(value, minimum) for value in values], inverse, high)
+
+
 def code_sums(high: float):
     """Intrinsic (stage, scale, minimum): of the codes of 64 inputs their sum, that of their squares, and that of their
     products with the inputs."""
@@ -206,8 +212,7 @@ def code_sums(high: float):
         inverse = inverse_value(b, scale)
 
         def leaves(lane):
-            values = [value_at(b, stage, line) for line in lines_of(lane, 4)]
-            codes = codes_of(b, [b.fsub(value, minimum) for value in values], inverse, high)
+            values, codes = _values_and_codes(b, stage, lane, minimum, inverse, high)
             return _sums_of_codes(b, codes, values)
 
         return tuple_of(b, trees(b, leaves))
@@ -223,8 +228,7 @@ def error_and_sums(high: float):
         inverse = inverse_value(b, scale)
 
         def leaves(lane):
-            values = [value_at(b, stage, line) for line in lines_of(lane, 4)]
-            codes = codes_of(b, [b.fsub(value, minimum) for value in values], inverse, high)
+            values, codes = _values_and_codes(b, stage, lane, minimum, inverse, high)
             errors, sums = squared_errors(b, codes, values, scale, minimum), _sums_of_codes(b, codes, values)
             return [errors[0], *sums[:3], errors[1], *sums[3:]]
 
