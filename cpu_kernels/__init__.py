@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from cpu_kernels.kernels import CpuKernels as CpuKernels
     from cpu_kernels.small.memory import HUGE_PAGE_BYTES as HUGE_PAGE_BYTES
     from cpu_kernels.small.memory import advise_huge_pages as advise_huge_pages
+    from cpu_kernels.small.memory import advise_small_pages as advise_small_pages
     from cpu_kernels.small.memory import fresh_memory as fresh_memory
 
 _HOMES = {
     "CpuKernels": "cpu_kernels.kernels",
     "HUGE_PAGE_BYTES": "cpu_kernels.small.memory",
     "advise_huge_pages": "cpu_kernels.small.memory",
+    "advise_small_pages": "cpu_kernels.small.memory",
     "fresh_memory": "cpu_kernels.small.memory",
 }
 

@@ -54,8 +54,16 @@ def advise_huge_pages(tensor: torch.Tensor) -> bool:
         return False
     first = -(-tensor.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     size = (tensor.data_ptr() + tensor.nbytes - first) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-    if size <= 0:
-        return False
+    return size > 0 and _is_taken(first, size, mmap.MADV_HUGEPAGE)
+
+
+def advise_small_pages(memory: torch.Tensor) -> bool:
+    """Ask the system to back `memory`, which begins at a page, by small pages; before its first write. False where it
+    cannot be asked."""
+    return hasattr(mmap, "MADV_NOHUGEPAGE") and _is_taken(memory.data_ptr(), memory.nbytes, mmap.MADV_NOHUGEPAGE)
+
+
+def _is_taken(first: int, size: int, advice: int) -> bool:
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return madvise(first, size, mmap.MADV_HUGEPAGE) == 0
+    return madvise(first, size, advice) == 0

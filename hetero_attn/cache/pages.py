@@ -1,15 +1,13 @@
 """Pages of keys and values: the memory they are in, and one page as the sequences that share it see it."""
 
-import ctypes
 import heapq
-import mmap
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from cpu_kernels import HUGE_PAGE_BYTES, fresh_memory
+from cpu_kernels import HUGE_PAGE_BYTES, advise_small_pages, fresh_memory
 from cpu_kernels.formats import pages as kv_layout
 from hetero_attn.devices import Device
 from hetero_attn.errors import MemoryBudgetError
@@ -25,10 +23,8 @@ def host_empty(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.T
     system would clear a huge page for a few KB of each: 120 MB, and a third of a second, for 30 layers of any size.
     """
     memory = fresh_memory(shape, dtype)
-    if memory.nbytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_NOHUGEPAGE"):
-        madvise = ctypes.CDLL(None).madvise
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        madvise(memory.data_ptr(), HUGE_PAGE_BYTES, mmap.MADV_NOHUGEPAGE)  # refused where there are no huge pages
+    if memory.nbytes >= HUGE_PAGE_BYTES:
+        advise_small_pages(memory.view(-1).view(torch.uint8)[:HUGE_PAGE_BYTES])
     return memory
 
 
