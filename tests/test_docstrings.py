@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.syntax import MAY_IMPORT, ROOT, module_name, sources, tree_of
+from tests.support.syntax import MAY_IMPORT, ROOT, module_name, sources, statements_of, tree_of
 
 MOST_PARAMETERS = 6  # of an op
 
@@ -56,14 +56,14 @@ def folder_of(module: str) -> str:
 
 
 @functools.cache
-def names_others_import() -> set[tuple[str, str]]:
-    """(module, name) of what code of another folder, of another package or of an example imports by name."""
-    found = set()
+def names_others_import() -> dict[str, set[str]]:
+    """By module, the names that code of another folder, of another package or of an example imports of it."""
+    found: dict[str, set[str]] = {}
     for path in (path for root in (*MAY_IMPORT, "examples") for path in sources(root)):
         here = folder_of(module_name(path))
-        for node in ast.walk(tree_of(path)):
+        for node in statements_of(tree_of(path)):
             if isinstance(node, ast.ImportFrom) and not node.level and folder_of(node.module) != here:
-                found |= {(node.module, alias.name) for alias in node.names}
+                found.setdefault(node.module, set()).update(alias.name for alias in node.names)
     return found
 
 
@@ -99,7 +99,7 @@ def test_what_others_call_has_a_useful_docstring(package: str) -> None:
     imported, inherited = names_others_import(), protocol_methods()
     bare = []
     for path in sources(package):
-        called = {name for module, name in imported if module == module_name(path)}
+        called = imported.get(module_name(path), set())
         bare += undocumented(path, tree_of(path), called, inherited)
 
     assert bare == []
@@ -151,7 +151,7 @@ def test_what_an_op_does_is_said_once() -> None:
     ops = {name: op for name, op in members if not name.startswith("_")}
     contract, repeated = ROOT / "cpu_kernels" / "contract.py", []
     for path in (path for package in MAY_IMPORT for path in sources(package) if path != contract):
-        for node in ast.walk(tree_of(path)):
+        for node in statements_of(tree_of(path)):
             if isinstance(node, ast.FunctionDef) and node.name in ops:
                 found = said_again(ops[node.name], ast.get_docstring(node) or "")
                 repeated += [f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {part}" for part in sorted(found)]

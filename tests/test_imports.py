@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.syntax import MAY_IMPORT, ROOT, module_name, sources, tree_of
+from tests.support.syntax import MAY_IMPORT, ROOT, module_name, sources, statements_of, tree_of
 
 DESCRIPTION_OF_BYTES = "cpu_kernels.formats"
 SHARED = (DESCRIPTION_OF_BYTES, "cpu_kernels.contract")  # the parts of cpu_kernels that every package may import
@@ -82,7 +82,7 @@ def imported_names(path: Path, tree: ast.AST, modules: Collection[str] = ()) -> 
     """
     package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
     names = set()
-    for node in ast.walk(tree):
+    for node in statements_of(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

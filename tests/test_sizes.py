@@ -3,10 +3,10 @@
 import ast
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("hetero_attn", "placement", "cpu_kernels", "gpu_kernels")
+from tests.support.syntax import HOLD_STATEMENTS, MAY_IMPORT, ROOT
+from tests.support.syntax import sources as files_of
+
 MOST_LINES, MOST_PARAMETERS = 300, 7
 # Lines of a function beside its signature and docstring. Kernels are loops inside loops that one function writes out.
 MOST_BODY_LINES, MOST_KERNEL_LINES = 38, 98
@@ -28,9 +28,9 @@ MANY_PARAMETERS = {
 
 
 @functools.cache
-def parsed(text: str) -> ast.Module:
-    """The syntax of a file, which several tests look at."""
-    return ast.parse(text)
+def functions_of(text: str) -> tuple[tuple[str, ast.FunctionDef], ...]:
+    """The functions of a file, which several tests look at."""
+    return tuple(functions(ast.parse(text)))
 
 
 def functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -38,8 +38,9 @@ def functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.Functi
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             yield prefix + child.name, child
-        named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        yield from functions(child, f"{prefix}{child.name}." if named else prefix)
+        if isinstance(child, HOLD_STATEMENTS):
+            named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            yield from functions(child, f"{prefix}{child.name}." if named else prefix)
 
 
 def is_compiled(function: ast.FunctionDef) -> bool:
@@ -56,15 +57,15 @@ def parameter_count(function: ast.FunctionDef) -> int:
 
 def with_many_parameters(text: str) -> list[str]:
     """Names of a file's functions with more than MOST_PARAMETERS."""
-    found = ((name, item) for name, item in functions(parsed(text)) if not is_compiled(item))
+    found = ((name, item) for name, item in functions_of(text) if not is_compiled(item))
     return [name for name, item in found if parameter_count(item) > MOST_PARAMETERS]
 
 
-def sources() -> Iterator[tuple[str, str]]:
+@functools.cache
+def sources() -> tuple[tuple[str, str], ...]:
     """Every file of the four packages: its path, and its text."""
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            yield path.relative_to(ROOT).as_posix(), path.read_text()
+    paths = (path for package in MAY_IMPORT for path in files_of(package))
+    return tuple((path.relative_to(ROOT).as_posix(), path.read_text()) for path in paths)
 
 
 def test_no_function_takes_more_than_a_few_parameters() -> None:
@@ -86,7 +87,7 @@ def body_lines(function: ast.FunctionDef) -> int:
 
 def with_long_bodies(text: str, most: int) -> list[str]:
     """Names of a file's functions whose bodies have more than so many lines."""
-    found = ((name, item) for name, item in functions(parsed(text)) if not is_compiled(item))
+    found = ((name, item) for name, item in functions_of(text) if not is_compiled(item))
     return [name for name, item in found if body_lines(item) > most]
 
 
@@ -114,7 +115,7 @@ def test_a_planted_function_with_many_parameters_is_found() -> None:
 
 def fixtures(text: str) -> Iterator[tuple[str, str]]:
     """The fixtures of a test file: the name of each, and what it does."""
-    for function in (item for _, item in functions(parsed(text))):
+    for function in (item for _, item in functions_of(text)):
         if any("fixture" in ast.unparse(mark) for mark in function.decorator_list):
             body = function.body[1:] if ast.get_docstring(function) else function.body
             yield function.name, "\n".join(map(ast.unparse, body))

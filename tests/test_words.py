@@ -2,12 +2,11 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("hetero_attn", "placement", "cpu_kernels", "gpu_kernels")
+from tests.support.syntax import MAY_IMPORT, ROOT, sources, tree_of
+
 LIBRARY = {"groupby", "TyperGroup"}
 METHODS = {"group", "groups"}  # of a match of a regular expression
 # Where `group` is the field's word for the experts that a router keeps or leaves out together.
@@ -73,11 +72,9 @@ def words_of(name: str) -> set[str]:
 
 def names_in(tree: ast.AST) -> set[str]:
     """Every name that a module defines or uses."""
-    found = set()
-    methods = {
-        node.func for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-    }
-    for node in set(ast.walk(tree)) - {item for item in methods if item.attr in METHODS}:
+    found, nodes = set(), list(ast.walk(tree))
+    methods = {node.func for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)}
+    for node in set(nodes) - {item for item in methods if item.attr in METHODS}:
         if isinstance(node, ast.Name):
             found.add(node.id)
         elif isinstance(node, ast.Attribute):
@@ -103,11 +100,10 @@ def strays(path: str, tree: ast.AST, word: str) -> list[str]:
 @pytest.mark.parametrize("word", NOT_IN)
 def test_a_word_does_not_stand_where_it_meant_something_else(word):
     found = {}
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            relative = path.relative_to(ROOT).as_posix()
-            if names := strays(relative, ast.parse(path.read_text()), word):
-                found[relative] = names
+    for path in (path for package in MAY_IMPORT for path in sources(package)):
+        relative = path.relative_to(ROOT).as_posix()
+        if names := strays(relative, tree_of(path), word):
+            found[relative] = names
 
     assert found == {}
 

@@ -11,11 +11,13 @@ MAY_IMPORT = {
     "placement": set(),
     "hetero_attn": {"cpu_kernels", "gpu_kernels", "placement"},
 }
+HOLD_STATEMENTS = (ast.stmt, ast.ExceptHandler, ast.match_case)
 
 
-def sources(package: str) -> list[Path]:
+@functools.cache
+def sources(package: str) -> tuple[Path, ...]:
     """Every Python file of a package; a package without any is a failure, not an empty check."""
-    found = sorted((ROOT / package).rglob("*.py"))
+    found = tuple(sorted((ROOT / package).rglob("*.py")))
     assert found, f"{package}/ holds no Python file"
     return found
 
@@ -26,6 +28,14 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
+@functools.cache
+def statements_of(tree: ast.AST) -> tuple[ast.AST, ...]:
+    """Every statement of a syntax tree. No expression holds one, and most nodes are of expressions."""
+    children = [node for node in ast.iter_child_nodes(tree) if isinstance(node, HOLD_STATEMENTS)]
+    return tuple(each for child in children for each in (child, *statements_of(child)))
+
+
+@functools.cache
 def module_name(path: Path) -> str:
     """The dotted name under which a file is imported."""
     parts = path.relative_to(ROOT).with_suffix("").parts
