@@ -5,12 +5,11 @@ lanes, divided or rounded to float16 for one feature alone. Sums are trees over 
 i + 4, and so on, as a register of 16 inputs is folded.
 """
 
-from collections.abc import Callable, Sequence
-
 from llvmlite import ir
 from numba import types
 
 from cpu_kernels.formats import LINE_BYTES
+from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.vector import (
     F32,
     HALF,
@@ -28,6 +27,7 @@ from cpu_kernels.vectors.vector import (
 LANES = 8
 VF32, VI32, VHALF = (ir.VectorType(scalar, LANES) for scalar in (F32, I32, HALF))
 RUN_INPUTS = 16  # inputs that one tree sums
+LANES_AHEAD = RUN_INPUTS // 2  # of a lane to the one that it is folded with
 HALF_MAX = 65504.0
 ZERO = constant(VF32, 0.0)
 
@@ -59,6 +59,12 @@ def inverse_value(b, scale):
     return b.select(b.fcmp_ordered(">", scale, ZERO), b.fdiv(constant(VF32, 1.0), scale), ZERO)
 
 
+@emits(F32x8, F32x8)
+def inverse_of(b, scale):
+    """`inverse_value`."""
+    return inverse_value(b, scale)
+
+
 def codes_of(b, above, inverse, high: float):
     """round(each * inverse) within 0..high, for values so far above the minimum.
 
@@ -72,23 +78,44 @@ def codes_of(b, above, inverse, high: float):
     return [b.bitcast(code, VF32) for code in codes]
 
 
-def trees(b, leaves: Callable[[int], Sequence[ir.Value]], first: int = 0, step: int = 1) -> list[ir.Value]:
-    """The sums of each number of 16 leaves, halves folded first.
+def lines_of(runs: int) -> list[int]:
+    """Inputs of a lane of so many registers of 16, then of the lane 8 behind it; from that lane on."""
+    return [RUN_INPUTS * run + behind for behind in (0, LANES_AHEAD) for run in range(runs)]
 
-    leaves(i): those of leaf i, then those of leaf i + 8. They are made side by side, since a core that follows one
-    chain of operations after the other sees too few of them at once.
+
+def over_lanes(leaf, count: int):
+    """Function (stage, spare, scale, minimum): `count` sums over the inputs, of which `leaf` stores those of a lane and
+    the lane 8 behind it.
+
+    The lanes are a loop, not written out: in eight lanes' operations at once LLVM finds an order that wants more
+    registers than there are. Their sums lie where `spare`, whose lines hold eight features, has place for eight more.
     """
-    if 2 * step == RUN_INPUTS:
-        both = leaves(first)
-        left, right = both[: len(both) // 2], both[len(both) // 2 :]
-    else:
-        left, right = (trees(b, leaves, start, 2 * step) for start in (first, first + step))
-    return [b.fadd(*pair) for pair in zip(left, right, strict=True)]
+    fold = _folded(count)
+
+    @helper
+    def sums(stage, spare, scale, minimum):
+        inverse, to = inverse_of(scale), spare + LINE_BYTES // 2
+        for lane in range(LANES_AHEAD):
+            at = LINE_BYTES * lane
+            leaf(stage + at, spare + at, to + at, inverse, scale, minimum)
+        return fold(to)
+
+    return sums
 
 
-def lines_of(lane: int, runs: int) -> list[int]:
-    """Inputs of a lane of so many registers of 16, then of the lane 8 behind it."""
-    return [RUN_INPUTS * run + lane + behind for behind in (0, RUN_INPUTS // 2) for run in range(runs)]
+def _folded(count: int):
+    """Intrinsic (address of `count` times eight lanes' sums): each folded by halves."""
+
+    @emits(types.UniTuple(F32x8, count), intp)
+    def fold(b, at):
+        def tree(number: int, first: int = 0, step: int = 1):
+            if step == LANES_AHEAD:
+                return value_at(b, at, LANES_AHEAD * number + first)
+            return b.fadd(tree(number, first, 2 * step), tree(number, first + step, 2 * step))
+
+        return tuple_of(b, [tree(number) for number in range(count)])
+
+    return fold
 
 
 @emits(types.UniTuple(F32x8, 2), intp)
@@ -150,22 +177,23 @@ def squared_errors(b, codes, values, scale, minimum):
 
 
 def error_of(inputs: int, high: float):
-    """Intrinsic (stage, where the inputs' differences from the minimum are, scale, minimum): the squared error of each
-    feature's inputs in codes of 0..high."""
-    runs = inputs // RUN_INPUTS
+    """Function (stage, where the inputs' differences from the minimum are, scale, minimum): the squared error of each
+    feature's inputs in codes of 0..high, the one number of a tuple."""
+    lines = lines_of(inputs // RUN_INPUTS)
 
-    @emits(F32x8, intp, intp, F32x8, F32x8)
-    def error(b, stage, above, scale, minimum):
-        inverse = inverse_value(b, scale)
+    @emits(types.void, intp, intp, intp, F32x8, F32x8, F32x8)
+    def leaf(b, stage, above, to, inverse, scale, minimum):
+        codes = codes_of(b, [value_at(b, above, line) for line in lines], inverse, high)
+        values = [value_at(b, stage, line) for line in lines]
+        _store_sums(b, [[error] for error in squared_errors(b, codes, values, scale, minimum)], to)
 
-        def leaves(lane):
-            lines = lines_of(lane, runs)
-            codes = codes_of(b, [value_at(b, above, line) for line in lines], inverse, high)
-            return squared_errors(b, codes, [value_at(b, stage, line) for line in lines], scale, minimum)
+    return over_lanes(leaf, 1)
 
-        return trees(b, leaves)[0]
 
-    return error
+def _store_sums(b, of_lanes, to):
+    """The sums of a lane and of the one it is folded with, added, each to the first of its eight lines."""
+    for number, pair in enumerate(zip(*of_lanes, strict=True)):
+        store_as(b, b.fadd(*pair), to, LINE_BYTES * LANES_AHEAD * number)
 
 
 def _sum(b, items):
@@ -181,60 +209,43 @@ def _dot(b, left, right):
     return total
 
 
-@emits(F32x8, intp)
-def sum_of_inputs(b, stage):
-    """Of 64 of each feature."""
-    values = lambda lane: [value_at(b, stage, line) for line in lines_of(lane, 4)]  # noqa: E731
-    return trees(b, lambda lane: [_sum(b, values(lane)[at : at + 4]) for at in (0, 4)])[0]
-
-
 def _sums_of_codes(b, codes, values):
-    """Of codes, of their squares, of codes times values: of the first four, then of the others."""
-    sums = []
-    for at in (0, 4):
-        four, numbers = codes[at : at + 4], values[at : at + 4]
-        sums += [_sum(b, four), _dot(b, four, four), _dot(b, four, numbers)]
-    return sums
+    """Of codes, of their squares, of codes times values: of the first four, and of the others."""
+    halves = [(codes[at : at + 4], values[at : at + 4]) for at in (0, 4)]
+    return [[_sum(b, four), _dot(b, four, four), _dot(b, four, numbers)] for four, numbers in halves]
 
 
-def _values_and_codes(b, stage, lane: int, minimum, inverse, high: float):
+def _values_and_codes(b, stage, minimum, inverse, high: float):
     """The inputs of a lane's lines, and the codes from 0 on that they get."""
-    values = [value_at(b, stage, line) for line in lines_of(lane, 4)]
+    values = [value_at(b, stage, line) for line in lines_of(4)]
     return values, codes_of(b, [b.fsub(value, minimum) for value in values], inverse, high)
 
 
-def code_sums(high: float):
-    """Intrinsic (stage, scale, minimum): of the codes of 64 inputs their sum, that of their squares, and that of their
-    products with the inputs."""
+def sums_of(high: float):
+    """Function (stage, spare, scale, minimum): of 64 inputs and their codes the sum of inputs, that of codes, that of
+    their squares, and that of codes times inputs."""
 
-    @emits(types.UniTuple(F32x8, 3), intp, F32x8, F32x8)
-    def sums(b, stage, scale, minimum):
-        inverse = inverse_value(b, scale)
+    @emits(types.void, intp, intp, intp, F32x8, F32x8, F32x8)
+    def leaf(b, stage, above, to, inverse, scale, minimum):
+        values, codes = _values_and_codes(b, stage, minimum, inverse, high)
+        of_values = [_sum(b, values[at : at + 4]) for at in (0, 4)]
+        of_codes = _sums_of_codes(b, codes, values)
+        _store_sums(b, [[value, *three] for value, three in zip(of_values, of_codes, strict=True)], to)
 
-        def leaves(lane):
-            values, codes = _values_and_codes(b, stage, lane, minimum, inverse, high)
-            return _sums_of_codes(b, codes, values)
-
-        return tuple_of(b, trees(b, leaves))
-
-    return sums
+    return over_lanes(leaf, 4)
 
 
 def error_and_sums(high: float):
-    """Intrinsic (stage, scale, minimum): the error of 64 inputs as `error_of` has it, then what `code_sums` gives."""
+    """Function (stage, spare, scale, minimum): the error of 64 inputs as `error_of` has it, then what `sums_of` gives
+    of their codes."""
 
-    @emits(types.UniTuple(F32x8, 4), intp, F32x8, F32x8)
-    def found(b, stage, scale, minimum):
-        inverse = inverse_value(b, scale)
+    @emits(types.void, intp, intp, intp, F32x8, F32x8, F32x8)
+    def leaf(b, stage, above, to, inverse, scale, minimum):
+        values, codes = _values_and_codes(b, stage, minimum, inverse, high)
+        errors, sums = squared_errors(b, codes, values, scale, minimum), _sums_of_codes(b, codes, values)
+        _store_sums(b, [[error, *three] for error, three in zip(errors, sums, strict=True)], to)
 
-        def leaves(lane):
-            values, codes = _values_and_codes(b, stage, lane, minimum, inverse, high)
-            errors, sums = squared_errors(b, codes, values, scale, minimum), _sums_of_codes(b, codes, values)
-            return [errors[0], *sums[:3], errors[1], *sums[3:]]
-
-        return tuple_of(b, trees(b, leaves))
-
-    return found
+    return over_lanes(leaf, 4)
 
 
 @emits(types.UniTuple(F32x8, 2), F32x8, F32x8, F32x8, F32x8, F32x8, F32x8)

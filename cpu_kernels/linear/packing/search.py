@@ -12,7 +12,6 @@ from cpu_kernels.formats import BLOCK_FEATURES, LINE_BYTES
 from cpu_kernels.linear.packing.group_fit import (
     VF32,
     VI32,
-    code_sums,
     codes_of,
     differences,
     error_and_sums,
@@ -24,7 +23,7 @@ from cpu_kernels.linear.packing.group_fit import (
     magnitudes,
     signed_code,
     store_halves,
-    sum_of_inputs,
+    sums_of,
     value_at,
     word_of,
 )
@@ -40,7 +39,7 @@ STEP_Q4 = np.float32(1.0 / MOST_Q4)
 HALF_LINE = LINE_BYTES // 2  # of a stage or a packed line: eight features
 
 error_q4, error_q8 = error_of(64, MOST_Q4), error_of(32, MOST_Q8)
-sums_q4, error_and_sums_q4 = code_sums(MOST_Q4), error_and_sums(MOST_Q4)
+sums_q4, error_and_sums_q4 = sums_of(MOST_Q4), error_and_sums(MOST_Q4)
 
 
 @emits(F32x8, float32)
@@ -119,23 +118,23 @@ def search_q4(stage, spare):
     """(scale, minimum), float16 values, of least squared error found for 64 inputs of eight features; `spare` is memory
     as large as the stage."""
     smallest, largest = extremes(stage)
-    share, sum_v = share_of_range(smallest, largest), sum_of_inputs(stage)
+    share = share_of_range(smallest, largest)
     best, best_scale, best_minimum = splat(np.float32(np.inf)), splat(np.float32(0.0)), as_half(smallest)
     for up in range(SHRINKS):
         minimum = raised(smallest, share, np.float32(up))
         differences(stage, minimum, spare)
         for down in range(SHRINKS):
             scale = scale_below(largest, share, np.float32(down), minimum)
-            error = error_q4(stage, spare, scale, minimum)
+            (error,) = error_q4(stage, spare, scale, minimum)
             best_scale, best_minimum = (
                 chosen(error, best, scale, best_scale),
                 chosen(error, best, minimum, best_minimum),
             )
             best = chosen(error, best, error, best)
-    sum_c, sum_cc, sum_cv = sums_q4(stage, best_scale, best_minimum)
+    sum_v, sum_c, sum_cc, sum_cv = sums_q4(stage, spare, best_scale, best_minimum)
     for _ in range(REFITS):
         scale, minimum = least_squares(best_scale, best_minimum, sum_v, sum_c, sum_cc, sum_cv)
-        error, new_c, new_cc, new_cv = error_and_sums_q4(stage, scale, minimum)
+        error, new_c, new_cc, new_cv = error_and_sums_q4(stage, spare, scale, minimum)
         if not any_below(error, best):
             break
         best_scale = chosen(error, best, scale, best_scale)
@@ -152,7 +151,7 @@ def search_q8(stage, spare):
     best, best_scale = splat(np.float32(np.inf)), zero
     for shrink in range(Q8_SHRINKS):
         scale = divided(largest, np.float32(126.0) + np.float32(0.5) * np.float32(shrink))
-        error = error_q8(spare, spare, scale, zero)
+        (error,) = error_q8(spare, spare, scale, zero)
         best_scale, best = chosen(error, best, scale, best_scale), chosen(error, best, error, best)
     return best_scale
 
