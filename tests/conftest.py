@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cpu_kernels.ahead.builders import build_all
-from placement.solve.program import Program
+from placement.program.program import Program
 from tests.support.covering import leave_out_the_rest
 from tests.support.extras import MISSING_OF_SERVER
 from tests.support.replayed import suite_lines

@@ -50,6 +50,7 @@ FLOORS = {
         "drafted",
         "profilers",
         "solve",
+        "program",
         "cost",
         "policy",
         "machine",

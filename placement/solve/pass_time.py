@@ -22,9 +22,9 @@ from placement.cost.terms import (
     small_ops_s,
     stage_cost,
 )
+from placement.program.program import add
 from placement.solve.classes import LayerClass, LinearClass
 from placement.solve.pairing import pairs
-from placement.solve.program import add
 from placement.solve.unknowns import Unknowns
 
 # Shares of a copy's time charged for what costs nothing by itself, to choose between equals.

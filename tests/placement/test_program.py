@@ -6,8 +6,8 @@ import os
 import pytest
 import scipy.optimize
 
-from placement.solve.native_output import without_native_output
-from placement.solve.program import Program
+from placement.program.native_output import without_native_output
+from placement.program.program import Program
 
 
 def one_variable() -> Program:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from placement.solve.program import Program
+from placement.program.program import Program
 from tests.support.solved import Solved
 
 

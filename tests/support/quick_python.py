@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from placement.solve.program import Program
+from placement.program.program import Program
 from tests.support.solved import Solved
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import scipy
 
-from placement.solve import program as asking
-from placement.solve.program import Program
+from placement.program import program as asking
+from placement.program.program import Program
 
 FOLDER = Path(__file__).resolve().parents[2] / ".pytest_cache" / "solved"
 

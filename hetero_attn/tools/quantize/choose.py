@@ -9,7 +9,7 @@ from cpu_kernels.formats import GGUF_BY_NAME
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.tools.quantize.encode import PLAIN, fits
 from hetero_attn.tools.quantize.stacks import bits_of_type, is_router, stack_of
-from placement.solve.native_output import without_native_output
+from placement.program.native_output import without_native_output
 
 # Types to choose between when bits are given, and what takes a type's place where rows are no whole blocks of it.
 CANDIDATES = ("IQ4_XS", "IQ4_NL", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0", "F16")

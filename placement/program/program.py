@@ -5,7 +5,7 @@ scipy is imported only when a program is solved: importing it takes over a secon
 
 from dataclasses import dataclass, field
 
-from placement.solve.native_output import without_native_output
+from placement.program.native_output import without_native_output
 
 INFINITY = float("inf")
 # A node limit and not a time limit: the same program gives the same answer on a slow machine.

@@ -1,0 +1,1 @@
+"""A small mixed-integer linear program, and the solver that prints nothing."""
