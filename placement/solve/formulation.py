@@ -10,6 +10,7 @@ from placement.cost.terms import WeightedCall
 from placement.solve.decisions import Budgets, Homes, Totals
 from placement.solve.pass_time import TIE_BREAK, PassTime
 from placement.solve.problem import Problem
+from placement.program.program import INFINITY
 from placement.solve.unknowns import Unknowns
 
 
@@ -34,10 +35,13 @@ class Formulation:
         self._prefer_affinity(unknowns.calls[0])
         self._limit_memory()
 
-    def solve(self) -> Totals | None:
-        """The best placement, or None when the budgets allow none."""
-        unknowns = self._unknowns
-        values = unknowns.program.solve()
+    def solve(self, most_s: float = INFINITY) -> Totals | None:
+        """The best placement, or None when the budgets allow none that takes `most_s` seconds at most."""
+        unknowns, program = self._unknowns, self._unknowns.program
+        if most_s < INFINITY:
+            costs = {variable: cost for variable, cost in enumerate(program.costs) if cost}
+            program.at_most(costs, most_s * unknowns.time_scale)
+        values = program.solve()
         if values is None:
             return None
 

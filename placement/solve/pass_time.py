@@ -22,9 +22,10 @@ from placement.cost.terms import (
     small_ops_s,
     stage_cost,
 )
-from placement.program.program import add
+from placement.plan.workload import round_up
 from placement.solve.classes import LayerClass, LinearClass
 from placement.solve.pairing import pairs
+from placement.program.program import add
 from placement.solve.unknowns import Unknowns
 
 # Shares of a copy's time charged for what costs nothing by itself, to choose between equals.
@@ -70,6 +71,7 @@ class PassTime:
         self._products: Terms = {}
         self._stages, self._cpu, self._copies, self._dram, self._tail = ({self._time: -1.0} for _ in range(5))
         self._constant = self._scale * small_ops_s(unknowns.workload, weighted.call, self._hardware, True)
+        self._head_launch_s = 0.0
 
     def add(self) -> None:
         """Add the variables and rows of the pass to the program."""
@@ -79,7 +81,8 @@ class PassTime:
         self._wait_for_python()
         self._slow_each_other()
         self._program.at_most(self._stages, -self._constant)
-        for lane in (self._cpu, self._copies, self._dram, self._tail):
+        self._program.at_most(self._tail, -self._head_launch_s)
+        for lane in (self._cpu, self._copies, self._dram):
             self._program.at_most(lane, 0.0)
 
     def _slow_each_other(self) -> None:
@@ -158,8 +161,8 @@ class PassTime:
         add(self._copies, streamed, copy)
         if is_head:
             self._program.at_least({stage: 1.0, streamed: -copy}, 0.0)
-            add(self._tail, stage, 1.0)
-            add(self._tail, layers, handover_s)
+            self._tail |= {stage: 1.0, layers: handover_s}
+            self._head_launch_s += scale * cost.launch_s * count
         else:
             add(self._tail, streamed, copy)
             at_home, piece = least_products(shard, rows, self._unknowns.workload, self._hardware)
@@ -236,6 +239,8 @@ class PassTime:
         seen = shard.visible_tokens(call.stored)
         program.at_least({far: seen, unknowns.tokens: 1 / call.sequences}, seen)
         program.at_most({far: 1.0, spills: -1.0}, 0)
+        whole_pages = round_up(seen * call.sequences, unknowns.workload.page_size)
+        program.at_least({unknowns.tokens: 1.0, spills: every}, min(every, whole_pages))
         in_place = cls.count if away.spilled_s_per_kv_head > 0 else 0
         program.equal({layers: 1.0, spills: -in_place}, 0)
         add(self._dram, far, scale * total * away.spilled_bytes_per_kv_head / self._hardware.dram_bytes_per_s)

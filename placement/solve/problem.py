@@ -21,7 +21,7 @@ from placement.solve.pairing import is_paired
 from placement.solve.spread import Spread
 
 # Up to this many linears every layer is a class of its own.
-MAX_SINGLE_LINEARS = 20
+MAX_SINGLE_LINEARS = 12
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from placement.cost.objective import judged_s, reference_batch, reference_context
 from placement.plan.workload import round_up
-from placement.program.program import INFINITY
 from placement.solve.decisions import Budgets
 from placement.solve.formulation import formulation
 from placement.solve.problem import Candidate, Problem, fastest_first, known_placements
+from placement.program.program import INFINITY
 from placement.solve.whole_units import (
     SHARES,
     filled_up,
@@ -43,7 +43,7 @@ def candidates(problems: Sequence[Problem]) -> list[Candidate]:
     best_s = min((candidate.judged_s for candidate in fitting), default=float("inf"))
     programs = _programs(problems)
     # Everything in GPU memory is among those known already; whatever else a program finds is judged as such.
-    while programs and judged_s(programs[0].least_s, False) * (1 - PROGRAM_NOISE) < best_s:
+    while programs and programs[0].least_s < (most_s := best_s / judged_s(1 - PROGRAM_NOISE, False)):
         program = heappop(programs)
         if not program.is_own:
             own_s = _least_s(program.problem, program.tokens)
@@ -51,7 +51,7 @@ def candidates(problems: Sequence[Problem]) -> list[Candidate]:
                 heappush(programs, program._replace(least_s=own_s + program.problem.once_s, is_own=True))
             continue
         problem = program.problem
-        solved = formulation(problem, problem.calls, program.tokens).solve()
+        solved = formulation(problem, problem.calls, program.tokens).solve(most_s - problem.once_s)
         for candidate in laid_out(problem, solved) if solved else ():
             if candidate.fits:
                 fitting.append(filled_up(candidate))

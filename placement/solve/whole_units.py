@@ -24,6 +24,7 @@ from placement.solve.spread import Spread, lay_out, placements, streams
 
 EIGHTHS = 8  # of the layers with expert slots, tried first as the number that streams to prompts
 SHARES = (1.0, 0.5)  # of the memory of experts at home that expert slots are tried in
+WORTH_A_SHARE = 0.999  # of the seconds without it: a share of the CPU that takes less time than its hand-over
 
 
 def laid_out(problem: Problem, solved: Totals) -> Iterator[Candidate]:
@@ -32,11 +33,26 @@ def laid_out(problem: Problem, solved: Totals) -> Iterator[Candidate]:
     tiers = (*sorted({weighted.call.tier for weighted in problem.calls}), None)
     for tier, spread in [(each, spread) for each in tiers for spread in lay_out(classes, solved, each)]:
         linears, kv = placements(problem.workload, classes, spread, tokens)
-        linears = _worth_handing_over(problem, linears, kv)
         if (linears, kv) not in seen:
             seen.append((linears, kv))
             label = f"{_shape_words(tier)}; {tokens} KV tokens in GPU memory"
-            yield Candidate(problem, label, linears, kv, spread, tier is not None, tokens)
+            yield _tidied(Candidate(problem, label, linears, kv, spread, tier is not None, tokens))
+
+
+def _tidied(candidate: Candidate) -> Candidate:
+    """The candidate without shares of the CPU that are not worth their hand-over; itself where the bus, which would
+    carry them, is what a pass waits for."""
+    linears = _worth_handing_over(candidate.problem, candidate.linears, candidate.kv)
+    if linears == candidate.linears:
+        return candidate
+    tidy = with_linears(candidate, linears)
+    return candidate if candidate.fits and candidate.seconds < WORTH_A_SHARE * tidy.seconds else tidy
+
+
+def with_linears(candidate: Candidate, linears: tuple[LinearPlacement, ...]) -> Candidate:
+    """The candidate with other widths, which are what its search has found from then on."""
+    found = replace(candidate, linears=linears)
+    return found if candidate.spread is None else replace(found, spread=_spread_of(found, candidate.spread))
 
 
 def _worth_handing_over(
@@ -147,7 +163,19 @@ def complete(candidate: Candidate) -> Candidate:
             settled = streams(problem.classes, spread.homes, solved, candidate.concentrated) | settled
     linears, _ = placements(problem.workload, problem.classes, replace(spread, streams=settled), candidate.gpu_tokens)
     linears = _worth_handing_over(problem, linears, candidate.kv)
+    linears = _with_streams_of(problem, spread, linears)
     return replace(candidate, linears=expert_slots_as(candidate.linears, linears))
+
+
+def _with_streams_of(
+    problem: Problem, spread: Spread, linears: tuple[LinearPlacement, ...]
+) -> tuple[LinearPlacement, ...]:
+    """The linears with what a spread streams in the row tiers that it has."""
+    widths = [list(placement.stream_units) for placement in linears]
+    for (c, i, tier), streamed in spread.streams.items():
+        for index, units in zip(problem.classes[c].linears[i].indices, streamed, strict=True):
+            widths[index][tier] = units
+    return tuple(replace(p, stream_units=tuple(units)) for p, units in zip(linears, widths, strict=True))
 
 
 def in_expert_slots(candidate: Candidate, share: float) -> Candidate | None:
@@ -196,8 +224,7 @@ def _streaming(candidate: Candidate, whole: Sequence[int], none: Sequence[int], 
         width = placed[i].dram_units if i in whole else 0
         widths = [width if tier in tiers else old for tier, old in enumerate(placed[i].stream_units)]
         placed[i] = replace(placed[i], stream_units=tuple(widths))
-    found = replace(candidate, linears=tuple(placed))
-    return found if candidate.spread is None else replace(found, spread=_spread_of(found, candidate.spread))
+    return with_linears(candidate, tuple(placed))
 
 
 def _spread_of(candidate: Candidate, spread: Spread) -> Spread:
