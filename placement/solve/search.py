@@ -14,6 +14,7 @@ from placement.solve.decisions import Budgets
 from placement.solve.formulation import formulation
 from placement.solve.problem import Candidate, Problem, fastest_first, known_placements
 from placement.program.program import INFINITY
+from placement.solve.room import with_room_used
 from placement.solve.whole_units import (
     SHARES,
     filled_up,
@@ -26,6 +27,7 @@ from placement.solve.whole_units import (
 
 # Placements that are tried with every prefill chunk, the fastest first.
 MOST_TRANSFERRED = 4
+MOST_WITH_ROOM = 2  # whose idle memory is given to linears, the fastest first
 # A program that cannot get this much below the best placement found is not solved: its costs hold tie-breaks, and the
 # solver stops at a gap.
 PROGRAM_NOISE = 5e-4
@@ -60,6 +62,7 @@ def candidates(problems: Sequence[Problem]) -> list[Candidate]:
                 too_large.append(candidate)
     fitting += _with_other_chunks(problems, fitting)
     at_home = fastest_first(fitting)[:MOST_TRANSFERRED]
+    fitting += map(with_room_used, at_home[:MOST_WITH_ROOM])
     for share in SHARES:
         slotted = [other for each in at_home if (other := in_expert_slots(each, share)) is not None]
         fitting += [*slotted, *map(with_whole_streams, fastest_first(slotted)[:1])]
