@@ -29,6 +29,7 @@ THROUGHPUT_CONTEXTS = 4
 DEFAULT_PREFILL_CHUNK = 512
 MIN_PREFILL_CHUNK = 16
 MAX_PREFILL_CHUNK = 2048
+MUCH_OF_BUDGET = 10  # activations of a tenth of it and more are weighed against those of half the chunk
 
 
 def choose_formats(dtype: str, config: ModelConfig, path: Path, known: KnownHeaders | None = None) -> WeightFormats:
@@ -119,9 +120,9 @@ def with_chunk_choices(build: Callable[..., Workload], budget_bytes: int) -> Wor
 
     Weights are streamed once a chunk and Python queues the kernels of each chunk anew, so large chunks serve prompts;
     their activations take memory that weights and cache could have. Beginning from the default, the chunk is halved, to
-    16 rows at least, until its activations take a quarter of the budget at most, and doubled while they do and the
-    context is longer. Smaller ones are for budgets that hold no plan with any of these: what a small budget holds, a
-    larger one does too.
+    16 rows at least, until its activations take a quarter of the budget at most, once more where they still take much
+    of it, and doubled while they do and the context is longer. Smaller ones are for budgets that hold no plan with any
+    of these: what a small budget holds, a larger one does too.
     """
     workload = build(prefill_chunk=DEFAULT_PREFILL_CHUNK)
     while workload.prefill_chunk > MIN_PREFILL_CHUNK and 4 * activation_bytes(workload) > budget_bytes:
@@ -135,7 +136,10 @@ def with_chunk_choices(build: Callable[..., Workload], budget_bytes: int) -> Wor
     smaller = [workload]
     while smaller[-1].prefill_chunk > MIN_PREFILL_CHUNK:
         smaller.append(build(prefill_chunk=smaller[-1].prefill_chunk // 2))
+    if len(smaller) > 1 and MUCH_OF_BUDGET * activation_bytes(workload) > budget_bytes:
+        del smaller[0]
+        choices.insert(0, smaller[0])
     known, below = (
         tuple(ChunkChoice(each.prefill_chunk, each.resident_bytes) for each in some) for some in (choices, smaller[1:])
     )
-    return replace(workload, chunk_choices=known, smaller_chunks=below)
+    return replace(choices[0], chunk_choices=known, smaller_chunks=below)

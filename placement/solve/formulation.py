@@ -7,10 +7,10 @@ placement.solve.pass_time. Large models are nearly pure linear programs.
 from collections.abc import Sequence
 
 from placement.cost.terms import WeightedCall
+from placement.program.program import INFINITY
 from placement.solve.decisions import Budgets, Homes, Totals
 from placement.solve.pass_time import TIE_BREAK, PassTime
 from placement.solve.problem import Problem
-from placement.program.program import INFINITY
 from placement.solve.unknowns import Unknowns
 
 

@@ -23,9 +23,9 @@ from placement.cost.terms import (
     stage_cost,
 )
 from placement.plan.workload import round_up
+from placement.program.program import add
 from placement.solve.classes import LayerClass, LinearClass
 from placement.solve.pairing import pairs
-from placement.program.program import add
 from placement.solve.unknowns import Unknowns
 
 # Shares of a copy's time charged for what costs nothing by itself, to choose between equals.

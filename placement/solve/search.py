@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from placement.cost.objective import judged_s, reference_batch, reference_context
 from placement.plan.workload import round_up
+from placement.program.program import INFINITY
 from placement.solve.decisions import Budgets
 from placement.solve.formulation import formulation
 from placement.solve.problem import Candidate, Problem, fastest_first, known_placements
-from placement.program.program import INFINITY
 from placement.solve.room import with_room_used
 from placement.solve.whole_units import (
     SHARES,

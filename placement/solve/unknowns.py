@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from placement.cost.terms import WeightedCall, cpu_linear_s_per_unit
 from placement.plan.memory import LinearPlacement, expert_slot_bytes, kv_spilled_tokens, staging_piece_units
 from placement.plan.workload import NUM_ROW_TIERS, row_tier
+from placement.program.program import INFINITY, Program, add
 from placement.solve.classes import MANY_UNITS, KvClass, LinearClass
 from placement.solve.decisions import Budgets, Homes, gpu_tokens_of
 from placement.solve.pairing import pairs
 from placement.solve.problem import Problem
-from placement.program.program import INFINITY, Program, add
 
 # Class totals up to this many units are integers in the program; above it a unit is too small to matter.
 MAX_INTEGER_UNITS = 64

@@ -17,14 +17,14 @@ from tests.support.toy import make_checkpoint
     "budget_mib,context,chunks",
     [
         (1, 8192, (16,)),
-        (100, 8192, (256,)),
+        (100, 8192, (128, 256)),
         (400, 8192, (512, 1024)),
         (1 << 16, 8192, (512, 1024, 2048)),
         (1 << 16, 700, (512,)),
     ],
 )
 def test_chunks_to_choose_from_follow_the_budget_and_never_pass_the_context(budget_mib, context, chunks):
-    """A row of activations takes 64 KiB here: a quarter of the budget at most."""
+    """A row of activations takes 64 KiB here: a quarter of the budget at most, half of it beside more than a tenth."""
     workload = replace(llama_8b(), max_context=context, activation_bytes_per_row=1 << 16)
 
     fitted = with_chunk_choices(lambda prefill_chunk: replace(workload, prefill_chunk=prefill_chunk), budget_mib << 20)
