@@ -286,9 +286,9 @@ class LLM:
         try:
             for request in requests:
                 self._turns.add(request)
-            while any(request.finish_reason is None for request in requests):
-                self.step()
-                bar.update()
+            with memory_named("computing a step"):
+                while self._turns.slice_for(requests, self._step):
+                    bar.update()
         finally:
             bar.close()
             for request in requests:

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -27,6 +27,7 @@ from hetero_attn.serving.request import Request
 from hetero_attn.serving.scheduling.scheduler import Scheduler
 
 CLOSE_WAIT_S = 30.0  # for a step; one that lasts longer closes when it ends
+SLICE_S = 0.02  # of steps one after the other, for a caller who has nothing to look at in between
 SETTLE_WAIT_S = 1.0  # for notes to be taken up, where nobody is in a step
 Result = TypeVar("Result")
 
@@ -39,6 +40,7 @@ class Turns:
         self._scheduler = scheduler
         self._lock = threading.RLock()
         self._is_inside = False
+        self._queue: deque[int] = deque()  # threads that wait for their turn
         self._arrivals: deque[Request] = deque()
         self._departures: deque[Request] = deque()
         self._beside: Counter[int] = Counter()  # threads in calls beside the steps, by their number
@@ -107,6 +109,15 @@ class Turns:
         self._check_process()
         return self._off_main(partial(self._alone, work))
 
+    def slice_for(self, requests: Sequence[Request], step: Callable[[], object]) -> bool:
+        """Take steps as `alone` does, until the requests have ended, SLICE_S are over or others wait for their turn.
+
+        Returns whether any of them goes on. Going to another thread and back for each step takes as long as a tenth of
+        a small model's step.
+        """
+        self._check_process()
+        return self._off_main(partial(self._slice_for, requests, step))
+
     def settle(self) -> None:
         """Take up notes, unless a step is under way: whoever takes it does so when it ends."""
         if self._has_notes and not self._is_inside and os.getpid() == self._pid:
@@ -157,9 +168,17 @@ class Turns:
         finally:
             del failure  # its traceback holds this frame
 
+    def _slice_for(self, requests: Sequence[Request], step: Callable[[], object]) -> bool:
+        stop = time.monotonic() + SLICE_S
+        while _go_on(requests):
+            self._alone(step)
+            if self._queue or time.monotonic() >= stop:
+                break
+        return _go_on(requests)
+
     def _alone(self, work: Callable[[], Result]) -> Result:
         try:
-            with self._lock:
+            with self._my_turn():
                 if self._is_inside:
                     raise BusyError(
                         f"{self._engine.plan.model}: this call came from inside a step, out of a callback or a "
@@ -168,6 +187,19 @@ class Turns:
                 return self._inside(work)
         finally:
             self._settle()
+
+    @contextmanager
+    def _my_turn(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            self._queue.append(threading.get_ident())
+            try:
+                self._lock.acquire()
+            finally:
+                self._queue.pop()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _settle(self) -> None:
         while self._has_notes and self._lock.acquire(blocking=False):
@@ -249,3 +281,7 @@ class Turns:
     @property
     def _is_anybody_beside(self) -> bool:
         return bool(self._beside.keys() - {threading.get_ident()})
+
+
+def _go_on(requests: Sequence[Request]) -> bool:
+    return any(request.finish_reason is None for request in requests)
