@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from operator import lt
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from cpu_kernels.contract import ChunkKeys, RowKeys
@@ -210,7 +211,7 @@ def _lay_out(work: Sequence[Rows]) -> _StepRows:
         sequence_ids += [sequence.id] * len(token_ids)
         positions += range(first, stop)
     only = sequence_ids[0] if len(work) == 1 and not singles else sequence_ids
-    return _StepRows(tuple(entries), singles, only, torch.tensor(positions, device="cpu"))
+    return _StepRows(tuple(entries), singles, only, torch.from_numpy(np.array(positions, np.int64)))
 
 
 def _parts(step_rows: _StepRows) -> Iterator[Part]:
@@ -238,13 +239,12 @@ def _in_store(
 ) -> _InStore | None:
     if store is None or not any(map(lt, start, stop)):
         return None
-    bounds = list(zip(start, stop, strict=True))
     slots = store.slots(step_rows.sequence_ids, step_rows.positions) if writes else None
-    table = store.tables([entry.id for entry in step_rows.entries])
+    of_entries = list(zip(start, stop, strict=True)), slots, store.tables([entry.id for entry in step_rows.entries])
     if not step_rows.singles:
-        return _InStore(bounds, slots, table, None, None)
-    singles = torch.tensor([start[: step_rows.singles], stop[: step_rows.singles]], dtype=torch.int32, device="cpu")
-    return _InStore(bounds, slots, table, *singles.unbind())
+        return _InStore(*of_entries, None, None)
+    singles = [np.array(each[: step_rows.singles], np.int32) for each in (start, stop)]
+    return _InStore(*of_entries, *map(torch.from_numpy, singles))
 
 
 def _uploaded(

@@ -237,15 +237,15 @@ class Scheduler:
         drafts = [[] for _ in requests] if cache.states else forced_drafts(requests, most_rows)  # states forget nothing
         if self.speculator is not None:
             drafts = self.speculator.drafts(requests, most_rows, drafts)
-        for request, drafted in zip(requests, drafts, strict=True):
+        for request, drafted in [pair for pair in zip(requests, drafts, strict=True) if pair[1]]:
             begun = pages + cache.new_pages(1 + len(drafted))
             fits = cache.max_new_pages is None or begun <= cache.max_new_pages
             tokens = request.cached_tokens + 1 + len(drafted)
-            if drafted and not (fits and (not request.grows or cache.extend(request.sequence, tokens))):
+            if fits and (not request.grows or cache.extend(request.sequence, tokens)):
+                pages = begun
+            else:
                 drafted.clear()
                 request.forced.offered = 0
-            elif drafted:
-                pages = begun
         return drafts
 
     def _verify(self, requests: tuple[Request, ...], drafts: list[list[int]]) -> None:

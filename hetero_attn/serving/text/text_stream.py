@@ -1,7 +1,6 @@
 """Text as it streams: token ids in, text out as soon as it is certain, up to a stop string."""
 
 from collections.abc import Callable, Sequence
-from copy import copy
 
 REPLACEMENT = "\ufffd"
 # A character has at most 4 bytes, so 3 may be waiting for the rest; a decoder shows up to one replacement for each.
@@ -34,8 +33,10 @@ class TextStream:
 
     def copy(self) -> "TextStream":
         """One that goes on from here by itself."""
-        twin = copy(self)
-        twin._matcher = copy(self._matcher)
+        twin = TextStream(self._decode)
+        twin._matcher = self._matcher.copy()
+        twin._window, twin._shown_tokens = self._window, self._shown_tokens
+        twin._shown_chars = self._shown_chars
         return twin
 
     def push(self, token_id: int) -> tuple[str, bool]:
@@ -79,6 +80,12 @@ class StopMatcher:
         self.matched: str | None = None
         self._stop = tuple(text for text in stop if text)
         self._held = ""
+
+    def copy(self) -> "StopMatcher":
+        """One that goes on from here by itself."""
+        twin = StopMatcher(self._stop)
+        twin.matched, twin._held = self.matched, self._held
+        return twin
 
     def push(self, text: str) -> str:
         """Take a piece; returns what is certain not to belong to a stop string. Nothing after a match."""
