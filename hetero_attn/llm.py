@@ -21,7 +21,7 @@ from hetero_attn.serving.defaults import default_params
 from hetero_attn.serving.drafting import load_speculator
 from hetero_attn.serving.grammar import Grammars
 from hetero_attn.serving.intake import Intake, Messages, Prompt
-from hetero_attn.serving.loading import load_beside
+from hetero_attn.serving.loading import load_beside, refuse_early
 from hetero_attn.serving.parameters import Params, for_each
 from hetero_attn.serving.progress import PrefillBar
 from hetero_attn.serving.prompts import are_conversations, as_prompts
@@ -97,7 +97,7 @@ class LLM:
     def _load(self, options: LoadOptions) -> None:
         with memory_named(f"planning {options.model}"):
             if options.asks_for_this_machine:
-                refresh_profile()
+                refresh_profile(lambda: refuse_early(options))
             drafted = settle_drafted(options)
         planned, self._progress = drafted.planned, options.progress
         expect_room(*drafted.plans)

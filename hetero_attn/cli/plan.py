@@ -53,7 +53,7 @@ def plan(
     expect_writable(plot, yaml)
     wishes = loading.options(model, hardware=machine(hardware), speculate=speculate)
     if wishes.asks_for_this_machine:
-        refresh_profile()
+        refresh_profile(lambda: settle_drafted(wishes, settled_or_refused))
     drafted = settle_drafted(wishes, settled_or_refused)
     only_policy = str(yaml) == "-"  # a policy on stdout is all that its reader wants
     fits = _said_to_fit(wishes, drafted, on_stderr=as_json or only_policy)

@@ -50,7 +50,9 @@ def verify(
     from hetero_attn.tools import verify as verification
 
     text = prompt if file is None else read_text(file)
-    with loading.llm(model) as llm:
+    if not text:
+        raise typer.BadParameter("there is no text to compare on; give some by --prompt or --file")
+    with loading.llm(model, needs_text=True) as llm:
         report = verification.run(llm, text)
     if as_json:
         print_json(report.to_dict())
@@ -67,7 +69,7 @@ def show_quality(wishes: "LoadOptions", dtypes: str, against: str | None, file: 
     from hetero_attn.tools import quality
 
     names = [name.strip() for name in dtypes.split(",")]
-    for name in names:
+    for name in (*names, wishes.dtype):
         check_choice("dtype", name, ("auto", *WEIGHT_DTYPES))
     if file is None:
         option = "--quality" if against is None else "--against"

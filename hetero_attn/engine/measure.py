@@ -60,13 +60,18 @@ def _with_gpu(profile: HardwareProfile, on_progress: Callable[[str], None]) -> H
     return measure_gpu(TorchGpu(gpu_kernels), profile, on_progress)
 
 
-def refresh_profile() -> None:
+def refresh_profile(beforehand: Callable[[], object] = lambda: None) -> None:
     """Measure this machine again, which takes some seconds, where the kept profile is damaged, stale or of another one.
 
     Nothing is measured where none was ever kept, for nobody asked for it, and where the result could not be kept: every
     start would measure. What is measured on a busy machine is kept all the same, for every start would measure again.
+    beforehand: called just before something is measured, its warnings left to who does the same afterwards; what it
+    raises, such as for a wish that cannot be met at any speed, is told without the wait.
     """
     if is_kept() and stored_profile() is None and not why_not_kept():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            beforehand()
         message = "the kept profile is damaged or of another machine or version: measuring this machine again"
         warnings.warn(message, stacklevel=3)
         profile_machine(keep_when_busy=True)

@@ -1,15 +1,31 @@
 """A model's engine and its tokenizer, loaded side by side with a bar that shows how far they are."""
 
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 
+from hetero_attn.checkpoints.sources import open_source
 from hetero_attn.engine.build import build_engine
 from hetero_attn.engine.engine import Engine
-from hetero_attn.engine.host_memory import memory_named
+from hetero_attn.engine.host_memory import expect_room, memory_named
+from hetero_attn.planning.draft import settle_drafted
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.serving.progress import compile_note, loading_bar, prepare_note, requantised_note
 from hetero_attn.serving.text.opening import open_beside, watch_opening
 from hetero_attn.serving.text.tokenizer import Tokenizer
+
+
+def refuse_early(options: LoadOptions) -> None:
+    """Raise what planning raises, and what loading finds wrong with the files before it reads weights: for who is about
+    to measure the machine first, whose rates change none of it."""
+    drafted = settle_drafted(options)
+    expect_room(*drafted.plans)
+    planned = drafted.planned
+    with open_source(planned.path, planned.headers) as checkpoint:
+        checkpoint.check(planned.model)
+    if options.needs_text:
+        opening = open_beside(planned.tokenizer or planned.path, planned.headers)
+        wait([opening])
+        watch_opening(opening, planned.plan.model, True, lambda count: None)(0)
 
 
 def load_beside(planned: PlannedModel, options: LoadOptions) -> tuple[Future[Tokenizer | None], Engine]:
