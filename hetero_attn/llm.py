@@ -150,7 +150,7 @@ class LLM:
         each = zip(prompts, for_each(params, len(prompts)), strict=True)
         requests = [self._intake.request(*pair, priority) for pair in each]
         self._run(requests)
-        return [request.output() for request in requests]
+        return [self._turns.output_of(request) for request in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0) -> Stream:
         """Complete one prompt, yielding text as it becomes certain: never half a character or part of a stop string.

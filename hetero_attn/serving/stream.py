@@ -50,7 +50,7 @@ class Stream(Iterator[Piece]):
 
         finish_reason: "abort" behind `close`, also while the step that takes it up is under way.
         """
-        output = self._outcome()
+        output = self._turns.output_of(self._request)
         is_left = output.finish_reason is None and self._shown.finish_reason is not None
         return replace(output, finish_reason=self._shown.finish_reason) if is_left else output
 
@@ -73,14 +73,8 @@ class Stream(Iterator[Piece]):
         if now.finish_reason is None:
             return Piece(text, token_ids)
         self._bar.close()
-        output = self._outcome()
+        output = self._turns.output_of(self._request)
         return Piece(text, token_ids, output.finish_reason, output.metrics)
-
-    def _outcome(self) -> RequestOutput:
-        """As `Request.output`; what ends with the interpreter is an error to nobody, whose thread would print it."""
-        if self._request.error is not None:
-            self._turns.wait_for_the_end()
-        return self._request.output()
 
     def _look(self) -> tuple[Progress, Progress]:
         """What was shown before and what is now; the cursor has moved before anybody gets the piece.

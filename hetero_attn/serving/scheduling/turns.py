@@ -23,7 +23,7 @@ from typing import TypeVar
 from hetero_attn.engine.engine import Engine
 from hetero_attn.errors import BusyError, EngineDeadError
 from hetero_attn.lanes.host_worker import HostWorker
-from hetero_attn.serving.request import Request
+from hetero_attn.serving.request import Request, RequestOutput
 from hetero_attn.serving.scheduling.scheduler import Scheduler
 
 CLOSE_WAIT_S = 30.0  # for a step; one that lasts longer closes when it ends
@@ -70,6 +70,12 @@ class Turns:
         if self._has_ended and threading.current_thread() is not threading.main_thread():
             self._beside.pop(threading.get_ident(), None)
             threading.Event().wait()
+
+    def output_of(self, request: Request) -> RequestOutput:
+        """As `Request.output`; what ends with the interpreter is an error to nobody, whose thread would print it."""
+        if request.error is not None:
+            self.wait_for_the_end()
+        return request.output()
 
     @contextmanager
     def beside_steps(self) -> Iterator[None]:
