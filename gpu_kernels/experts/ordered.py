@@ -22,19 +22,29 @@ WHOLE_FORMS = {
     **{name: form for name, form in FORMS.items() if not form.values and not form.e4m3},
 }
 
+LOST_BITS, HALFWAY = (1 << 29) - 1, 1 << 28  # of a float64 that is made a float32
+LEAST_NORMAL = 2.0**-126  # of float32
+
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a b + c of float32, rounded once.
 
-    The product is exact in float64. Its sum with c is rounded to odd there, which a second rounding cannot shift.
+    The product is exact in float64, and the sum on the right side of what lies halfway between two float32, if it is
+    not just there. There, and where float32 has fewer bits, it is rounded to odd, which a second rounding cannot shift.
     """
-    product, added = torch.broadcast_tensors(a.double() * b.double(), c.double())
-    total = product + added
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    is_close = ((total.view(torch.int64) & LOST_BITS) == HALFWAY) | (total.abs() < LEAST_NORMAL)
+    return (_rounded_to_odd(product, addend, total) if is_close.any() else total).float()
+
+
+def _rounded_to_odd(product: Tensor, addend: Tensor, total: Tensor) -> Tensor:
+    """`total`, the rounded sum of the others: its last bit is 1 where anything was lost."""
     seen = total - product
-    rest = (product - (total - seen)) + (added - seen)
+    rest = (product - (total - seen)) + (addend - seen)
     is_cut = rest.isfinite() & (rest != 0) & (total.view(torch.int64) % 2 == 0)
     step = torch.where((rest > 0) == (total > 0), 1, -1)
-    return torch.where(is_cut, (total.view(torch.int64) + step).view(torch.float64), total).float()
+    return torch.where(is_cut, (total.view(torch.int64) + step).view(torch.float64), total)
 
 
 def exp(x: Tensor) -> Tensor:

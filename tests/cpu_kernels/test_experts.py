@@ -190,16 +190,25 @@ def test_sums_in_pieces_are_one_chain(weight_dtype):
 
 
 def test_one_multiplication_and_addition_is_rounded_once():
-    """Against whole numbers of any size: products that cancel, halves of a last bit, subnormal results."""
+    """Against whole numbers of any size: products that cancel, a hair beside the half of a last bit, also of a
+    subnormal one; each alone too, since most are beyond doubt in float64."""
     generator = torch.Generator().manual_seed(1)
     a, b, c = (torch.randn(2000, generator=generator) for _ in range(3))
     c[:500], c[500:900], a[900:1000] = -a[:500] * b[:500], c[500:900] * 2.0**-24, a[900:1000] * 2.0**-130
+    a[1000:1100], b[1000:1100], c[1000:1100] = (
+        1 + 2.0**-12,
+        1 + 2.0**-12,
+        torch.tensor([-(2.0**-60), 2.0**-60]).repeat(50),
+    )
+    a[1100:1200], b[1100:1200] = 2.0**-75 * (1 + 2.0**-23), 2.0**-75 * (1 - 2.0**-23)
+    c[1100:1200] = 2.0**-127 + torch.arange(100) * 2.0**-149
     exact = [
         float(np.float32(_nearest(Fraction(x) * Fraction(y) + Fraction(z))))
         for x, y, z in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)
     ]
 
     assert ordered.fma(a, b, c).tolist() == exact
+    assert [ordered.fma(*each).item() for each in zip(a, b, c, strict=True)] == exact
 
 
 def _nearest(value: Fraction) -> float:
