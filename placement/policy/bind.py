@@ -1,8 +1,9 @@
 """A policy bound to a workload: for every shard, which widths are fixed and which are free."""
 
 import difflib
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import translate
 
 from placement.plan.shards import KvShard, LinearShard
@@ -34,11 +35,12 @@ def bind(policy: Policy, workload: Workload, device: str) -> Bounds:
     problems = _unmatched(policy, workload)
     linears, kv, reached = [], [], set()
     conflicts: Conflicts = {}
+    linear_bounds = _once_for_like(_linear_bounds)
     for shard in workload.linears:
         index = _first(policy.rules, shard.name, lambda rule: rule.sets_linears)
         reached.add(index)
         free = _cpu_only(shard) if device == "cpu" else LinearBounds()
-        linears.append(_collect(conflicts, policy, index, free, _linear_bounds, shard, device))
+        linears.append(_collect(conflicts, policy, index, free, linear_bounds, shard, device))
     for cache in workload.kv:
         index = _first(policy.rules, cache.name, lambda rule: rule.kv is not None)
         reached.add(index)
@@ -73,6 +75,7 @@ def _why_not_paired(workload: Workload, device: str) -> str:
     return f"cuts o and down where heads and neurons end, which {workload.model} cannot: a run of them splits a group"
 
 
+@functools.lru_cache(maxsize=8192)  # the rules of a policy, times the shards of a deep model
 def matches(pattern: str, name: str) -> bool:
     """Whether a shard name matches a glob or a range of layers such as `layers.0-15.qkv`."""
     span, layer = _RANGE.fullmatch(pattern), _LAYER.fullmatch(name)
@@ -143,6 +146,22 @@ def _collect(conflicts: Conflicts, policy: Policy, index: int | None, free, reso
         where = policy.where(("rules", index, *conflict.path))
         conflicts.setdefault((where, f"(rule {rule.match!r}): {conflict}"), []).append(args[0].name)
         return free
+
+
+def _once_for_like(
+    resolve: Callable[[Rule, LinearShard, str], LinearBounds],
+) -> Callable[[Rule, LinearShard, str], LinearBounds]:
+    """`resolve`, asked once for all linears of a shape: a rule bounds those of many layers alike. What cannot be met is
+    asked for every one, so that all are named."""
+    known: dict[tuple[object, ...], LinearBounds] = {}
+
+    def resolved(rule: Rule, shard: LinearShard, device: str) -> LinearBounds:
+        key = id(rule), shard.shape
+        if key not in known:
+            known[key] = resolve(rule, shard, device)
+        return known[key]
+
+    return resolved
 
 
 def _units(share: Share | None, shard: LinearShard, path: tuple[str | int, ...]) -> int | None:
