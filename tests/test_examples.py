@@ -24,7 +24,7 @@ def demo(monkeypatch):
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "gguf"])
+@pytest.mark.parametrize("kind", ["checkpoint", pytest.param("gguf", marks=pytest.mark.matrix)])
 def test_demo_gives_the_same_tokens_on_one_lane_and_on_three(kind: str, tmp_path: Path) -> None:
     """The shipped checkpoint, as without a network, and a GGUF file, as what is fetched is one."""
     model = ROOT / "examples" / "tiny"

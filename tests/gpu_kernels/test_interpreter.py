@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.quick_python import quick_python
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
@@ -36,7 +37,7 @@ def test_kernels_pass_under_the_interpreter(names, cells):
         if not names or ("mutants" in path.stem) == (names == "mutants")
     )
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-m", cells]
-    command = [sys.executable, "-m", "pytest", *options, *files]
+    command = quick_python("-m", "pytest", *options, *files)
 
     done = subprocess.run(
         command,

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetero_attn import LLM, Policy, SamplingParams
@@ -27,6 +26,7 @@ from placement.plan.units import parse_bytes
 from placement.solve.make_plan import BudgetError, plan_requested
 from tests.support.command import run
 from tests.support.eagle import make_head
+from tests.support.few_examples import drawn
 from tests.support.runtime import THREADS
 from tests.support.schedules import Failing, scheduled, steps_through_failures
 from tests.support.toy import make_checkpoint
@@ -110,8 +110,9 @@ def test_a_draft_model_changes_no_answer(paths, plain, any_width, drafter, shape
 
 
 @pytest.mark.parametrize("drafter", ["large", "head"])
-@settings(max_examples=4, deadline=None)
-@given(
+@drawn(
+    few=2,
+    many=8,
     arrivals=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.sampled_from([None, 5])), max_size=7),
     seed=st.integers(0, 99),
 )

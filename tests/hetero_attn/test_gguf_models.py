@@ -106,6 +106,7 @@ def run(engine):
         engine.close()
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("gpu", "stream"), [(0.5, 0.25), (0.0, 0.6), (1.0, 0.0)])
 def test_any_cut_gives_the_same_logits(models, case, gpu, stream):

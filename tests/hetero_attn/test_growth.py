@@ -9,6 +9,7 @@ from tests.support.runtime import cpu_plan, make_engine, nmse, toy_workload, uni
 from tests.support.toy import make_checkpoint
 
 CONTEXT, CHUNK, CHECKPOINTS = 2048, 32, 20
+LENGTHS = (CONTEXT // 2, pytest.param(CONTEXT, marks=pytest.mark.matrix))
 LIMITS = {"fp32": 1e-10, "bf16": 1e-4}
 
 
@@ -20,7 +21,7 @@ def path(tmp_path_factory):
 
 def logits_along(engine, token_ids):
     """Logits of 20 decode steps between the first token and the last, the prompt between them in chunks."""
-    places = [1 + round((CONTEXT - 1) * step / (CHECKPOINTS - 1)) for step in range(CHECKPOINTS)]
+    places = [1 + round((len(token_ids) - 1) * step / (CHECKPOINTS - 1)) for step in range(CHECKPOINTS)]
     sequence = engine.kv_cache.open()
     rows = [engine.decode_step([sequence], [token_ids[0]])[0].clone()]
     for before, place in pairwise(places):
@@ -31,10 +32,11 @@ def logits_along(engine, token_ids):
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("weight_dtype", LIMITS)
-def test_logits_are_exact_and_the_budget_holds_from_one_token_to_thousands(path, weight_dtype):
-    token_ids = torch.randint(300, (CONTEXT,), generator=torch.Generator().manual_seed(3)).tolist()
-    workload = toy_workload(path, weight_dtype, max_context=CONTEXT, max_batch=1, page_size=16, prefill_chunk=CHUNK)
+def test_logits_are_exact_and_the_budget_holds_from_one_token_to_thousands(path, weight_dtype, length):
+    token_ids = torch.randint(300, (length,), generator=torch.Generator().manual_seed(3)).tolist()
+    workload = toy_workload(path, weight_dtype, max_context=length, max_batch=1, page_size=16, prefill_chunk=CHUNK)
     alone = make_engine(path, cpu_plan(workload))
     expected = logits_along(alone, token_ids)
     alone.close()

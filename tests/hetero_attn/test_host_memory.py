@@ -82,7 +82,7 @@ def test_plan_says_that_a_model_would_not_load(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
-@pytest.mark.parametrize("limit_mb", [0, 8, 60])
+@pytest.mark.parametrize("limit_mb", [0, pytest.param(8, marks=pytest.mark.matrix), 60])
 def test_a_real_limit_ends_in_a_named_error_or_an_answer(limit_mb):
     """OSError 12, MemoryError and a RuntimeError of torch came out before, whatever ran out first."""
     command = ["generate", TINY, "-p", "def", "-n", "2", "--device", "cpu", "--context", "64", "--threads", "1"]

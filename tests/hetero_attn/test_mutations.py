@@ -22,7 +22,7 @@ from tests.support.mutations import KINDS, KNOWN_WORK_S, MOST_SECONDS
 from tests.support.scaled_models import fp8_blocks, make_scaled
 from tests.support.toy import make_checkpoint, make_family_checkpoint
 
-SHARE = 120  # of each kind
+SHARES = (40, pytest.param(120, marks=pytest.mark.matrix))  # of each kind
 PIECES = 12
 PIECE = 8400  # PIECES times this is a hundred thousand
 MOST_BYTES = 64 << 20
@@ -93,9 +93,10 @@ def check(folder: Path, kind: str, seed: int, count: int) -> None:
     assert found["grown_bytes"] < MOST_BYTES + found["largest"]
 
 
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_share_of_mutations_ends_in_our_errors_or_in_a_model(models, kind):
-    check(models, kind, 0, SHARE)
+def test_a_share_of_mutations_ends_in_our_errors_or_in_a_model(models, kind, share):
+    check(models, kind, 0, share)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hetero_attn.lanes.lanes import Lanes
@@ -13,6 +12,7 @@ from hetero_attn.spec.config import ModelConfig
 from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.plan import Means, build_plan
 from placement.plan.workload import NUM_ROW_TIERS
+from tests.support.few_examples import drawn
 from tests.support.runtime import cpu_plan, emulated_plan, make_engine, nmse, one_device_run, run_logits, toy_workload
 from tests.support.toy import FAMILIES, make_checkpoint
 
@@ -71,8 +71,7 @@ def aligned_plan(path, paired):
 @pytest.mark.parametrize(
     "family,weight_dtype", [*((family, "fp32") for family in FAMILIES), *(("llama", d) for d in LIMITS)]
 )
-@given(data=st.data())
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@drawn(few=2, many=10, data=st.data())
 def test_any_paired_plan_gives_the_one_device_logits(runs, family, weight_dtype, data):
     run = runs(family, weight_dtype)
     plan = data.draw(paired_plans(run.path, weight_dtype))

@@ -6,13 +6,13 @@ teeth.
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hetero_attn.lanes.staging
 from cpu_kernels.contract import Partial
 from gpu_kernels import reference
 from hetero_attn.cache.pool import CachePool
+from tests.support.few_examples import drawn
 from tests.support.runtime import (
     cpu_plan,
     make_engine,
@@ -53,8 +53,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("weight_dtype", LIMITS)
-@given(data=st.data())
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@drawn(few=3, many=12, data=st.data())
 def test_any_plan_gives_the_same_logits(runs, weight_dtype, data):
     run = runs[weight_dtype]
     plan = data.draw(plans(run.path, weight_dtype))

@@ -36,6 +36,7 @@ def report(path, weight_dtype, plan, change=None):
         engine.close()
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("weight_dtype", ["fp32", "bf16", "q4"])
 @pytest.mark.parametrize("split", [True, False], ids=["three lanes", "cpu"])
 def test_a_plan_passes_whatever_near_scores_do(path, weight_dtype, split):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetero_attn import LLM, Policy, SamplingParams
 from hetero_attn.engine.timed_steps import fill
 from hetero_attn.ops.step import Rows
+from tests.support.few_examples import drawn
 from tests.support.runtime import THREADS, cpu_plan, make_engine, nmse, run_logits, toy_workload, uniform_plan
 from tests.support.toy import make_checkpoint
 
@@ -64,8 +64,7 @@ MOVES = st.tuples(st.integers(0, 6), st.booleans(), st.integers(0, 3))
 SCHEDULES = st.lists(st.tuples(*[MOVES] * SEQUENCES, st.permutations(range(SEQUENCES))), min_size=4, max_size=16)
 
 
-@settings(max_examples=8, deadline=None)
-@given(schedule=SCHEDULES)
+@drawn(few=4, many=16, schedule=SCHEDULES)
 def test_no_schedule_of_rows_changes_a_logit(engine, alone, schedule):
     """Rows of any kind in one pass; drafts that are rejected leave no trace behind."""
     cache = engine.kv_cache
@@ -269,8 +268,7 @@ ARRIVALS = st.lists(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@settings(max_examples=5, deadline=None)
-@given(arrivals=ARRIVALS, contexts=st.sampled_from([1, 2]), prefix_cache=st.booleans())
+@drawn(few=2, many=10, arrivals=ARRIVALS, contexts=st.sampled_from([1, 2]), prefix_cache=st.booleans())
 def test_no_mix_of_prompts_and_streams_changes_an_answer(path, solo, shape, arrivals, contexts, prefix_cache):
     """Arrivals, aborts, growth and put-backs at any step, in a cache that is too small for all."""
     with load(path, shape, max_context=CONTEXT, kv_tokens=CONTEXT * contexts, prefix_cache=prefix_cache) as llm:

@@ -17,6 +17,7 @@ from hetero_attn.speculation.suffix_automaton import SuffixAutomaton
 from hetero_attn.speculation.width import Width
 from tests.support.answers import same_answers
 from tests.support.draft_costs import measured
+from tests.support.few_examples import drawn
 from tests.support.runtime import THREADS
 from tests.support.schedules import Failing, scheduled, steps_through_failures
 from tests.support.toy import make_checkpoint
@@ -146,6 +147,7 @@ def speculate(llm, monkeypatch, answers, share, seed=0):
     monkeypatch.setattr(Width, "choose", any_width)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("kind", PARAMS)
 @pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
 def test_drafts_change_no_answer(path, plain, monkeypatch, kind, share):
@@ -172,8 +174,9 @@ def test_drafts_end_where_the_answer_must(path, plain, monkeypatch, max_tokens):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@settings(max_examples=6, deadline=None)
-@given(
+@drawn(
+    few=3,
+    many=12,
     arrivals=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.sampled_from([None, 5])), max_size=7),
     contexts=st.sampled_from([1, 2]),
     seed=st.integers(0, 99),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -141,6 +142,8 @@ if __name__ == "__main__":
         importlib.import_module(module)
     known = Solved(Program.solve)
     Program.solve = lambda self, whole_numbers=True: known.of(self, whole_numbers)  # type: ignore[method-assign]
+    gc.collect()
+    gc.freeze()  # what programs share is nobody's garbage: they neither look through it nor copy its pages for that
     if found := _serve(socket.socket(fileno=int(sys.argv[1]))):
         _become(*found)
         _run(*found[0]["arguments"])

@@ -201,6 +201,7 @@ def test_a_replayed_step_counts_the_bytes_of_a_plain_one(long_run, long_plan):
     assert streamed_bytes("events") == streamed_bytes("graph")
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("handover", ["events", "flags", "graph"])
 @pytest.mark.parametrize("copies", [0, 3, 9, 16])
 def test_a_step_whose_copy_fails_can_be_taken_again(run, plan, handover, copies):

@@ -122,7 +122,11 @@ def test_a_mask_that_takes_long_is_found_out_while_the_step_is_computed(exact, m
 
 @pytest.mark.parametrize(
     "more",
-    [{"temperature": 1.2}, {"temperature": 1.5, "top_p": 0.9, "top_k": 20}, {"min_p": 0.05, "top_k": 30}],
+    [
+        pytest.param({"temperature": 1.2}, marks=pytest.mark.matrix),
+        {"temperature": 1.5, "top_p": 0.9, "top_k": 20},
+        pytest.param({"min_p": 0.05, "top_k": 30}, marks=pytest.mark.matrix),
+    ],
     ids=str,
 )
 def test_a_seed_gives_the_same_answer_however_it_is_computed(exact, monkeypatch, more):

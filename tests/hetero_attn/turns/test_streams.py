@@ -6,10 +6,10 @@ import time
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetero_attn.errors import BusyError, MemoryBudgetError
+from tests.support.few_examples import drawn
 from tests.support.turns import PROMPTS, during_a_step, greedy, is_at_rest, joined
 
 
@@ -95,8 +95,7 @@ MOVES = st.lists(
 )
 
 
-@settings(max_examples=12, deadline=None)
-@given(moves=MOVES)
+@drawn(few=6, many=24, moves=MOVES)
 def test_any_order_of_calls_delivers_every_text_once(llm, alone, moves):
     streams, requests = [], []
     for move, number in moves:
