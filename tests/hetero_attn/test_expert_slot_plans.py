@@ -389,7 +389,7 @@ def cpu_share(plan, heat, machine):
     return with_slots.terms["cpu_linears"] / without.terms["cpu_linears"], with_slots.seconds
 
 
-@pytest.mark.parametrize("inserts", [1, 2, 4])
+@pytest.mark.parametrize("inserts", [2, *(pytest.param(count, marks=pytest.mark.matrix) for count in (1, 4))])
 def test_what_the_cpu_reads_is_predicted_from_half_a_trace(path, inserts):
     """Heat of the first half, misses of the second: the CPU lane's bytes, and so its time, within 15 %. A copy serves
     the step behind the next one; if it served the next one, the CPU would read less than three quarters of that."""

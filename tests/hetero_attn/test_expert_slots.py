@@ -58,7 +58,8 @@ def logits_of(path, plan, tokens=TOKENS):
 
 
 @pytest.mark.parametrize(
-    "family,dtype", [("qwen3_moe", "q4"), pytest.param("qwen3_moe", "q8", marks=pytest.mark.matrix), ("gpt_oss", "q8")]
+    "family,dtype",
+    [*(pytest.param("qwen3_moe", dtype, marks=pytest.mark.matrix) for dtype in ("q4", "q8")), ("gpt_oss", "q8")],
 )
 def test_no_history_of_the_slots_changes_a_bit(paths, family, dtype):
     """Without slots, with some, with many, kept or moved by one or four a step: gpt-oss has a bias for every expert."""
@@ -97,7 +98,7 @@ def drawn_plans(path, dtype, seed):
     return slotted(workload, draw.randint(1, experts - gpu), gpu=gpu, stream=stream), slotted(workload, 0)
 
 
-@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.matrix) for seed in range(4, 8))])
+@pytest.mark.parametrize("seed", [*range(2), *(pytest.param(seed, marks=pytest.mark.matrix) for seed in range(2, 8))])
 def test_drawn_plans_give_the_same_bits(paths, seed):
     path = paths[("qwen3_moe", "gpt_oss")[seed % 2]]
     actual, expected = (logits_of(path, plan, TOKENS[:30])[0] for plan in drawn_plans(path, "q8", seed))

@@ -99,7 +99,7 @@ def test_sequences_of_a_batch_do_not_mix(checkpoints):
         assert nmse(torch.stack(rows), expected) <= EXACT
 
 
-@pytest.mark.parametrize("handover", ["events", "graph"])
+@pytest.mark.parametrize("handover", [pytest.param("events", marks=pytest.mark.matrix), "graph"])
 def test_steps_queued_for_cuda_are_the_emulated_ones(checkpoints, handover):
     """The CUDA driver over its stand-ins, every access in the order that its streams and events say."""
     path = checkpoints["experts"]

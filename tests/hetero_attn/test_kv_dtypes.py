@@ -20,6 +20,7 @@ TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 LIMITS = {"bf16": 1e-4, "q8": 1e-3, "q4": 1e-2}
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("kv_dtype", LIMITS)
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 11, "num_heads": 8, "num_kv_heads": 4, "hidden": 64}])
 def test_three_lanes_agree_with_one(tmp_path, kv_dtype, options):

@@ -170,7 +170,7 @@ def test_a_forked_child_is_told_so_and_harms_nobody(tmp_path, path, device, pare
     assert (output, status) == ("fine\n", 0), errors
 
 
-@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("emulated", marks=pytest.mark.matrix)])
 def test_the_interpreter_ends_cleanly_while_a_daemon_thread_generates(tmp_path, path, device):
     assert run(tmp_path, EXIT, path, device) == ("fine\n", "", 0)
 

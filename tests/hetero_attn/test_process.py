@@ -91,7 +91,7 @@ def test_a_load_holds_no_second_copy_of_the_model(tmp_path, dtype):
     assert peak - before <= 1.15 * loaded + largest_bytes
 
 
-@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("emulated", marks=pytest.mark.matrix)])
 def test_control_c_ends_a_generation_and_leaves_the_engine_usable(tmp_path, device):
     path = make_checkpoint(tmp_path, "llama")
     process = subprocess.Popen(

@@ -95,13 +95,13 @@ def test_a_file_is_measured_beside_its_source(quantised, tmp_path):
     """By its very weights: in float32 the divergence is that of a slow reading of both, and not that of the file from
     itself."""
     text = tmp_path / "text.txt"
-    text.write_text(TEXT[:1200])
+    text.write_text(TEXT[:600])
     arguments = ["verify", str(quantised), "--against", str(TINY), "--file", str(text), "--device", "cpu", "--json"]
     run = CliRunner().invoke(app, [*arguments, "--quality", "fp32,auto"])
     assert run.exit_code == 0, run.output
     report = json.loads(run.stdout)
     with LLM(quantised, dtype="fp32", device="cpu", max_context=512, progress=False) as llm:
-        ids = llm.tokenizer.encode(TEXT[:1200])
+        ids = llm.tokenizer.encode(TEXT[:600])
         coarse = torch.log_softmax(llm.logits(ids), -1).double()
     plain = scores("bf16", ids)
 

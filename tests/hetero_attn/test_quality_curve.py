@@ -35,6 +35,7 @@ def test_the_curve_has_a_row_for_every_file_and_is_kept(tmp_path):
     assert again["rows"] == [row | {"mean_kl": 7.0}] and picture.stat().st_size > 1000
 
 
+@pytest.mark.matrix  # an ordinary run has test_gguf_models.py, which holds every type to transformers
 def test_a_file_of_ours_is_what_transformers_makes_of_it(tmp_path):
     pytest.importorskip("gguf", reason="transformers reads GGUF files with it")
     file = tmp_path / "tiny.gguf"

@@ -193,7 +193,7 @@ def test_no_schedule_with_drafts_changes_an_answer(path, plain, shape, arrivals,
         assert llm.engine.kv_cache.free_sequences == llm.plan.max_batch
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["cpu", pytest.param("spilling", marks=pytest.mark.matrix)])
 def test_a_pass_that_fails_leaves_the_answer_as_it_was(path, plain, monkeypatch, shape):
     """Before and after it has computed, and between the tokens that it gives."""
     with load(path, shape) as llm:

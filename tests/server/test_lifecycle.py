@@ -80,7 +80,7 @@ def test_connections_that_come_and_drop_leave_nothing(slow):
 
 
 def test_silence_is_broken_by_comments_and_the_loop_never_waits_for_a_step():
-    with RunningServer(step_s=1.5, ping_interval_s=0.3) as server:
+    with RunningServer(step_s=0.8, ping_interval_s=0.15) as server:
         lags: list[float] = []
 
         async def measure() -> None:
@@ -176,7 +176,7 @@ def test_a_dead_engine_ends_streams_with_an_error_and_the_server():
 
 
 def test_told_to_stop_it_finishes_what_runs_and_takes_nothing_new(slow):
-    sock = raw(slow, "/v1/chat/completions", {**LONG, "max_tokens": 60, "stream": True})
+    sock = raw(slow, "/v1/chat/completions", {**LONG, "max_tokens": 30, "stream": True})
     read_until(sock, b"data:")
     slow.server._loop.call_soon_threadsafe(slow.server.stop)
     slow.wait_until(lambda: slow.service.driver.state.value == "stopping", 10)

@@ -133,7 +133,7 @@ def test_a_form_beside_tools_lets_the_model_choose(tooled):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
     tools, seen = [{"type": "function", "function": WAIT}], set()
     with httpx.Client(base_url=tooled.url, timeout=60, trust_env=False) as http:
-        for seed in range(100):
+        for seed in range(6, 106):  # the first that go the other way are near
             if len(seen) == 2:
                 break
             body = {"messages": USER, "tools": tools, "response_format": form, "temperature": 2.0, "seed": seed}

@@ -11,22 +11,26 @@ from __future__ import annotations
 import bisect
 import collections
 import functools
+import hashlib
 import itertools
+import os
 import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+KEPT = Path(__file__).resolve().parents[2] / ".pytest_cache" / "cuda_tools"
 KIB = 1024
 SHARED_MEMORY_LIMIT = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 120: 99 * KIB}
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(([A-Z0-9_]+(?:\.[A-Z0-9_]+)*).*)", re.M)
@@ -116,8 +120,7 @@ def _compiled(call: Callable[[], None], architecture: int) -> list[tuple[str, An
 @functools.cache
 def _resources(name: str, kernel: Any) -> Resources:
     code = _known[kernel.asm["cubin"]]
-    with _file(kernel.asm["cubin"]) as cubin:
-        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name)
+    usage = _said(kernel.asm["cubin"], knobs.nvidia.cuobjdump.path, "-res-usage")
     counts = collections.Counter(instruction.name for instruction in code)
 
     def count(*families: str, having: str = "") -> int:
@@ -155,9 +158,8 @@ def _disassemble(cubins: list[bytes], architecture: int) -> None:
     if not new:
         return
     pieces = list(map(_machine_code, new))
-    with _file(b"".join(pieces)) as image:
-        kind = f"SM{architecture}{'a' if architecture >= 90 else ''}"
-        text = _output(knobs.nvidia.nvdisasm.path, "-b", kind, image.name)
+    kind = f"SM{architecture}{'a' if architecture >= 90 else ''}"
+    text = _said(b"".join(pieces), knobs.nvidia.nvdisasm.path, "-b", kind)
     instructions = [
         Instruction(int(match[1], 16), match[3], int(jump[1], 16) if (jump := _JUMP.match(match[2])) else None)
         for match in _INSTRUCTION.finditer(text)
@@ -177,16 +179,20 @@ def _machine_code(cubin: bytes) -> bytes:
     return cubin[code[4] : code[4] + code[5]]
 
 
-@contextmanager
-def _file(content: bytes) -> Iterator[Any]:
-    """A file that has this content, for the tools."""
+def _said(content: bytes, *command: str) -> str:
+    """stdout and stderr of a tool of the CUDA tool kit that Triton brings along, of a file that has this content. Kept
+    for later runs: the tools of one release say the same of the same bytes."""
+    asked = repr((triton.__version__, *command)).encode()
+    place = KEPT / hashlib.sha256(hashlib.sha256(asked).digest() + content).hexdigest()
+    if place.exists():
+        return place.read_text("utf-8")
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)
         file.flush()
-        yield file
-
-
-def _output(*command: str | Path) -> str:
-    """stdout and stderr of a tool of the CUDA tool kit that Triton brings along."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+        done = subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
+    said = done.stdout.replace(file.name, "FILE") + done.stderr
+    KEPT.mkdir(parents=True, exist_ok=True)
+    part = place.with_suffix(f".{os.getpid()}")
+    part.write_text(said, "utf-8")
+    part.replace(place)
+    return said

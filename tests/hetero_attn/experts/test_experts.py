@@ -210,7 +210,9 @@ def test_no_bit_of_a_file_s_codes_depends_on_the_lane(kind, tmp_path):
     assert all(torch.equal(other, logits[0]) for other in logits[1:])
 
 
-@pytest.mark.parametrize("handover", ["events", "flags", "graph"])
+@pytest.mark.parametrize(
+    "handover", [*(pytest.param(name, marks=pytest.mark.matrix) for name in ("events", "flags")), "graph"]
+)
 def test_steps_queued_for_cuda_follow_changing_routes(checkpoints, handover):
     """The CUDA driver over its stand-ins: captured once, experts resident, streamed and on the CPU, to the bit."""
     path = checkpoints["qwen3_moe"]

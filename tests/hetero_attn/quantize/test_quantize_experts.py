@@ -21,13 +21,13 @@ def logits(path, device="cpu", **options):
         return llm.logits(TOKENS)
 
 
-def checkpoint(path, family):
+def checkpoint(path, family, layers=2):
     widths = {"intermediate_size": 96}
     if family.startswith("qwen"):
         widths["moe_intermediate_size"] = 64
     if family == "qwen2_moe":
         widths["shared_expert_intermediate_size"] = 96
-    return make_moe(path, family, layers=2, **WIDTHS, **widths)
+    return make_moe(path, family, layers=layers, **WIDTHS, **widths)
 
 
 @pytest.mark.parametrize("family", ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"))
@@ -66,7 +66,7 @@ def test_a_gguf_source_keeps_its_codes_and_every_lane_gives_the_same_bits(tmp_pa
 
 def test_on_a_text_experts_are_measured_together_and_rounded_each_for_its_own_tokens(tmp_path):
     """Nearer to the model than rounding to the nearest, in the very types that the text chose."""
-    path = checkpoint(tmp_path / "model", "qwen2_moe")
+    path = checkpoint(tmp_path / "model", "qwen2_moe", layers=1)
     save_tokenizer(path)
     text = " ".join(f"{chr(97 + index % 26)}{index * 7 % 31} words" for index in range(60))
     calibrated = quantize(path, tmp_path / "text.gguf", bits=5.0, text=text, threads=2)

@@ -12,6 +12,7 @@ from hetero_attn.errors import EngineDeadError
 from tests.support.turns import PROMPTS, during_a_step, greedy, is_at_rest, joined, load
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("emulated", marks=pytest.mark.matrix)], indirect=True)
 @pytest.mark.usefixtures("no_alarms_after")
 def test_signal_handlers_may_add_and_abort_at_any_bytecode(llm, alone):
     storm, seen = [], Counter()

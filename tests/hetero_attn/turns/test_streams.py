@@ -190,6 +190,7 @@ def test_a_stream_collected_inside_a_step_waits_for_nobody(llm, alone, monkeypat
     assert is_at_rest(llm)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("emulated", marks=pytest.mark.matrix)], indirect=True)
 def test_many_streams_in_cycles_leave_nothing(llm, alone):
     for number in range(100):
         cycle = [llm.stream(PROMPTS[number % 5], greedy())]
