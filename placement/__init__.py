@@ -12,7 +12,8 @@ from placement.plan.shards import KvShard, LinearShard
 from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_LIMITS, ROW_TIER_NAMES, Workload, row_tier
 from placement.policy.policy import Policy, policy_schema, shipped_policies
 from placement.policy.problems import PolicyError
-from placement.solve.make_plan import BudgetError, make_plan
+from placement.solve.make_plan import make_plan
+from placement.solve.refusals import BudgetError
 
 __all__ = [
     "BudgetError",

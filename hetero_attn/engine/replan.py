@@ -15,7 +15,7 @@ from hetero_attn.planning.settle import PlannedModel
 from placement.adapt.elastic import decode_s, plan_for_budget, plan_for_context
 from placement.plan.plan import Plan
 from placement.plan.units import format_bytes
-from placement.solve.make_plan import BudgetError
+from placement.solve.refusals import BudgetError
 
 # A plan must save this share of a decode step before weights are moved for it.
 LEAST_GAIN = 0.03

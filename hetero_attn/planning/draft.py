@@ -32,7 +32,8 @@ from placement.plan.plan import Plan
 from placement.plan.units import format_bytes
 from placement.policy.fields import SPECULATIONS
 from placement.policy.policy import Policy
-from placement.solve.make_plan import BudgetError, plan_requested
+from placement.solve.make_plan import plan_requested
+from placement.solve.refusals import BudgetError
 
 NGRAMS = "n-grams of prompt and answer"  # what drafts where no model does
 WIDTHS = (2, 4, 8, 16)  # rows of a pass, few of them: each is a recorded pass of its own

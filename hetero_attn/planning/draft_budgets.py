@@ -12,7 +12,8 @@ from placement.plan.drafting import Drafting, Guesses
 from placement.plan.plan import Plan
 from placement.plan.units import format_bytes
 from placement.policy.policy import Policy
-from placement.solve.make_plan import BudgetError, plan_requested, smallest
+from placement.solve.make_plan import plan_requested
+from placement.solve.refusals import BudgetError, smallest
 
 
 def in_smaller_chunks(wishes: LoadOptions, asked: Asked, drafts: bool = False) -> list[Asked]:

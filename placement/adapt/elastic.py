@@ -16,7 +16,8 @@ from placement.policy.bounds import KvBounds
 from placement.policy.policy import Policy
 from placement.policy.rules import KvRule, Rule
 from placement.solve.decisions import gpu_tokens_of
-from placement.solve.make_plan import BudgetError, make_plan, predict_plan
+from placement.solve.make_plan import make_plan, predict_plan
+from placement.solve.refusals import BudgetError
 
 
 def plan_for_budget(plan: Plan, hardware: HardwareProfile, policy: Policy, gpu_memory_bytes: int) -> Plan:

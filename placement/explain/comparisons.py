@@ -16,8 +16,9 @@ from placement.plan.units import format_bytes
 from placement.plan.workload import Workload
 from placement.policy.policy import Policy
 from placement.policy.problems import PolicyError
-from placement.solve.make_plan import BudgetError, make_plan, predict_plan
+from placement.solve.make_plan import make_plan, predict_plan
 from placement.solve.problem import Candidate
+from placement.solve.refusals import BudgetError
 
 GIB = 2**30
 BASELINE_CHUNK = 512  # rows that llama.cpp computes at a time

@@ -9,7 +9,8 @@ from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Plan
 from placement.plan.workload import Workload
 from placement.policy.policy import Policy
-from placement.solve.make_plan import BudgetError, make_plan, plan_with_alternatives
+from placement.solve.make_plan import make_plan, plan_with_alternatives
+from placement.solve.refusals import BudgetError
 from placement.solve.request import requested
 
 

@@ -8,7 +8,6 @@ from placement.cost.objective import objective_s, reference_batch, reference_cal
 from placement.machine.hardware import HardwareProfile
 from placement.plan.phase import Prediction
 from placement.plan.plan import CURVE_CONTEXTS, Means, Plan, build_plan
-from placement.plan.units import format_bytes
 from placement.plan.workload import Workload
 from placement.policy.bind import bind
 from placement.policy.policy import Policy
@@ -16,23 +15,10 @@ from placement.policy.problems import PolicyError
 from placement.solve.decisions import Budgets
 from placement.solve.pairing import block_apart, is_paired, paired_workload
 from placement.solve.problem import Candidate, Problem, fastest_first, fixed_candidate
+from placement.solve.refusals import BudgetError, budget_error, refusal
 from placement.solve.request import PlanRequest, requested
 from placement.solve.search import candidates, least_bytes
 from placement.solve.whole_units import complete
-
-
-class BudgetError(ValueError):
-    """A memory budget that no plan can meet.
-
-    needed_bytes: the smallest budget that works, 0 where none is known; budget_bytes: what was given; place: of which
-    memory, gpu | pinned | host.
-    """
-
-    def __init__(self, message: str, needed_bytes: int, budget_bytes: int, place: str = "gpu") -> None:
-        super().__init__(message)
-        self.place = place
-        self.needed_bytes = needed_bytes
-        self.budget_bytes = budget_bytes
 
 
 def make_plan(
@@ -66,7 +52,7 @@ def plan_with_alternatives(asked: PlanRequest) -> tuple[Plan, list[Candidate]]:
         if found and found[0].fits:
             break
     if not found:
-        raise _explain_failure(requests[-1] if asked.policy.shape == "paired" else requests[0])
+        raise _explain_failure(requests)
     return _plan_of_fastest(requests, found), found
 
 
@@ -123,8 +109,20 @@ def _candidates(problems: Sequence[Problem], on_gpu: bool) -> list[Candidate]:
             open_.append(problem)
         else:
             fixed.append(only)
-    found = fastest_first(fixed + candidates(open_))
+    found = fastest_first([*fixed, *candidates(open_), *_within_host_budgets(open_)])
     return sorted(found, key=lambda each: 0 if each.fits else each.problem.workload.prefill_chunk)
+
+
+def _within_host_budgets(problems: Sequence[Problem]) -> list[Candidate]:
+    """What is found without budgets of host memory, where it keeps them: programs that know them leave room for what
+    whole units may lose, and so miss placements that need none of it."""
+    limited = {id(p.workload): p.budgets for p in problems if (p.budgets.pinned, p.budgets.host) != (None, None)}
+    free = [replace(p, budgets=Budgets(p.budgets.gpu)) for p in problems if id(p.workload) in limited]
+    found = (
+        replace(each, problem=replace(each.problem, budgets=limited[id(each.problem.workload)]))
+        for each in candidates(free)
+    )
+    return [each for each in found if each.fits]
 
 
 def problem_of(request: PlanRequest) -> Problem:
@@ -203,47 +201,16 @@ def _check_budgets(request: PlanRequest, plan: Plan) -> None:
     }
     for place, limit in request.limits.items():
         if limit is not None and sum(used[place].values()) > limit:
-            raise _budget_error(place, used[place], limit)
+            raise budget_error(place, used[place], limit)
 
 
-def _explain_failure(request: PlanRequest) -> BudgetError | PolicyError:
-    """Find which budget is too small and the smallest that works, with the same program that plans."""
+def _explain_failure(requests: Sequence[PlanRequest]) -> BudgetError | PolicyError:
+    """Which budget is too small and the smallest that works, or which rules cannot be met.
+
+    requests: those that were tried last, column before paired, the smallest chunk's first.
+    """
+    request = requests[-1] if requests[0].policy.shape == "paired" else requests[0]
     problem = problem_of(request)
     if is_paired(request.workload) and least_bytes(problem, "gpu", Budgets(float("inf"))) is None:
         return PolicyError([_apart(request.policy, "the linears of a block")])
-    gpu = problem.budgets.gpu
-    trials = (("gpu", Budgets(float("inf"))), ("host", Budgets(gpu)), ("pinned", Budgets(gpu, pinned=float("inf"))))
-    for place, budgets in trials:
-        limit, fixed = request.limits[place], request.fixed_bytes[place]
-        least = None if limit is None else least_bytes(problem, place, budgets)
-        if least is not None and round(least) + sum(fixed.values()) > limit:
-            return _budget_error(place, fixed | {"weights, kv and staging": round(least)}, limit)
-    return BudgetError(
-        "the gpu_memory, pinned_memory and host_memory budgets cannot be met together; raise one of them",
-        0,
-        request.gpu_memory_bytes or 0,
-    )
-
-
-MOST_IN_KIB = 2**26  # a budget from here on is rounded up to MiB, which is less than 2 % of it
-LEAST_MEANT = 2**16  # a smaller budget is a number that lacks its unit
-BARE_NUMBER = "; a number without a unit is bytes, write 8GiB for gibibytes"  # said of budgets that nobody can mean
-
-
-def _budget_error(place: str, kinds: dict[str, int], limit: int) -> BudgetError:
-    needed = sum(kinds.values())
-    parts = " + ".join(f"{kind} {format_bytes(size)}" for kind, size in kinds.items() if size)
-    return BudgetError(
-        f"{place}_memory: needs at least {format_bytes(needed)} ({parts}), the budget is {format_bytes(limit)}; "
-        + smallest(needed, limit),
-        needed,
-        limit,
-        place,
-    )
-
-
-def smallest(needed_bytes: int, budget_bytes: int) -> str:
-    """Which budget works instead of the one that was given, as part of a sentence."""
-    hint = BARE_NUMBER if budget_bytes < LEAST_MEANT else ""
-    unit, size = ("KiB", 2**10) if needed_bytes < MOST_IN_KIB else ("MiB", 2**20)
-    return f"the smallest that works is {needed_bytes} bytes, or {-(-needed_bytes // size)}{unit}{hint}"
+    return refusal(request, problem, [problem_of(each) for each in requests])

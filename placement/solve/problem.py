@@ -47,6 +47,16 @@ class Problem:
         return (single_layers if small else layer_classes)(self.workload, self.bounds)
 
     @cached_property
+    def whole_windows(self) -> int:
+        """KV slots with which the layers of a sliding window are whole, as a program that decides their number keeps
+        them; 0 where no layer may keep less."""
+        layers = zip(self.workload.kv, self.bounds.kv, strict=True)
+        windows = [
+            shard for shard, bound in layers if shard.window and bound.gpu_kv_heads != 0 and not bound.gpu_tokens
+        ]
+        return min(self.workload.full_tokens, max(map(self.workload.layer_tokens, windows), default=0))
+
+    @cached_property
     def once_s(self) -> float:
         """Seconds of the reference requests that no placement changes and no program counts."""
         return sum(

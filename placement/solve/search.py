@@ -191,18 +191,10 @@ def _variants(problem: Problem) -> Iterator[tuple[Problem, int | None]]:
     if not (owns_all and every == problem):
         for tokens in _token_choices(problem):
             yield problem, tokens
-    elif _may_shorten_windows(problem):
-        yield problem, problem.workload.min_gpu_tokens
-
-
-def _may_shorten_windows(problem: Problem) -> bool:
-    """Whether layers of a sliding window, which a program that decides the number of slots keeps whole, may keep less
-    of it in GPU memory."""
-    workload = problem.workload
-    return any(
-        shard.window and not bound.gpu_tokens and workload.layer_tokens(shard) > workload.min_gpu_tokens
-        for shard, bound in zip(workload.kv, problem.bounds.kv, strict=True)
-    )
+    else:
+        for tokens in _token_choices(problem):
+            if tokens < problem.whole_windows:
+                yield problem, tokens
 
 
 def least_bytes(problem: Problem, place: str, budgets: Budgets) -> float | None:

@@ -61,9 +61,9 @@ class Unknowns:
         cached = sum(kv.kv_heads * kv.bytes_per_token for kv in workload.kv) * workload.full_tokens
         self.bytes_scale = max(1.0, (workload.weight_bytes + cached) / 10_000)
         self.memory: dict[str, dict[int, float]] = {"gpu": {}, "pinned": {}, "host": {}}
-        rounding = self._rounding_bytes() / self.bytes_scale
-        self.memory_constant = {"gpu": 0.0, "pinned": rounding, "host": rounding}
+        self.memory_constant = {"gpu": 0.0, "pinned": 0.0, "host": 0.0}
         self.staging_slot = self._staging_slot()
+        self._whole_windows = problem.whole_windows
         self.tokens = self._tokens()
         self.linears: dict[tuple[int, int], LinearVariables] = {}
         for c, cls in enumerate(classes):
@@ -111,7 +111,8 @@ class Unknowns:
     def _tokens(self) -> int | None:
         if self.gpu_tokens is not None:
             return None
-        return self.program.variable(self.workload.min_gpu_tokens, self.workload.full_tokens)
+        least = max(self.workload.min_gpu_tokens, self._whole_windows)
+        return self.program.variable(least, self.workload.full_tokens)
 
     def _linear(self, c: int, i: int, count: int, linear: LinearClass, beside: dict[int, int]) -> LinearVariables:
         """The unknowns of a linear. beside: layers with a CPU share of the linear that it is paired with, which are its
@@ -141,7 +142,7 @@ class Unknowns:
         add(self.memory["gpu"], variables.gpu, shard.unit_bytes / self.bytes_scale)
         if not self.workload.elastic:
             add(self.memory["host"], variables.gpu, -shard.unit_bytes / self.bytes_scale)
-        self.memory_constant["host"] += total * shard.unit_bytes / self.bytes_scale
+        self.memory_constant["host"] += (total * shard.unit_bytes + _most_left(count, linear)) / self.bytes_scale
         if bounds.expert_slots:
             placement = LinearPlacement(shard.name, 0, (0,) * NUM_ROW_TIERS, shard.units, bounds.expert_slots)
             self.memory_constant["gpu"] += count * expert_slot_bytes(shard, placement) / self.bytes_scale
@@ -175,12 +176,13 @@ class Unknowns:
         program.at_least({self.staging_slot: 1, streams: -unit * staging_piece_units(shard, self.workload)}, 0)
         if self.budgets.pinned is not None:
             held, total = program.variable(), count * shard.units * unit
+            most = total + _most_left(count, linear) / self.bytes_scale
             if self.workload.elastic:
                 program.at_least({held: 1}, total)
             elif linear.bounds.expert_slots:
-                program.at_least({held: 1, variables.gpu: unit}, total)
+                program.at_least({held: 1, variables.gpu: unit}, most)
             else:
-                program.at_least({held: 1, variables.gpu: unit, streams: -total}, 0)
+                program.at_least({held: 1, variables.gpu: unit, streams: -most}, 0)
             add(self.memory["pinned"], held, 1.0)
 
     def _kv(self, c: int, count: int, kv: KvClass) -> int:
@@ -211,11 +213,11 @@ class Unknowns:
         add(self.memory["host"], beyond, full * token_bytes)
         self.memory_constant["host"] -= full * token_bytes
 
-    def _rounding_bytes(self) -> float:
-        """Most bytes that rounding GPU homes down to whole units, equal over layers, may leave to host memory."""
-        total = 0
-        for cls in self.classes:
-            for shard in (linear.shard for linear in cls.linears):
-                whole = cls.count * shard.units <= MAX_INTEGER_UNITS
-                total += shard.unit_bytes * (cls.count if shard.units >= MANY_UNITS else 0 if whole else 1)
-        return total
+
+def _most_left(count: int, linear: LinearClass) -> int:
+    """Most bytes that rounding its homes in GPU memory down to whole units, equal over layers, may leave to host
+    memory."""
+    shard = linear.shard
+    if linear.bounds.gpu is not None or shard.units < MANY_UNITS and count * shard.units <= MAX_INTEGER_UNITS:
+        return 0
+    return shard.unit_bytes * (count if shard.units >= MANY_UNITS else 1)

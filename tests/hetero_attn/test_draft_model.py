@@ -23,7 +23,8 @@ from hetero_attn.tools.drafts.report import found_guesses
 from placement.drafted.drafters import drafters
 from placement.plan.drafting import Drafting, Guesses, expected_tokens
 from placement.plan.units import parse_bytes
-from placement.solve.make_plan import BudgetError, plan_requested
+from placement.solve.make_plan import plan_requested
+from placement.solve.refusals import BudgetError
 from tests.support.command import run
 from tests.support.eagle import make_head
 from tests.support.few_examples import drawn

@@ -15,7 +15,7 @@ from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import settle
 from placement import Policy
 from placement.plan.units import parse_bytes
-from placement.solve.make_plan import smallest
+from placement.solve.refusals import smallest
 
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"],

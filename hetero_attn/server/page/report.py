@@ -15,7 +15,8 @@ from hetero_attn.server.service import Service
 from hetero_attn.server.sse import JsonAnswer
 from placement.adapt.elastic import plan_for_budget
 from placement.policy.problems import PolicyError
-from placement.solve.make_plan import BudgetError, make_plan
+from placement.solve.make_plan import make_plan
+from placement.solve.refusals import BudgetError
 
 if TYPE_CHECKING:  # it needs torch, whose import would keep a server from answering while it loads
     from hetero_attn.planning.settle import PlannedModel
