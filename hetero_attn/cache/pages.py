@@ -141,9 +141,11 @@ class PagedStore:
 
         Returns int64 [n, kv_heads] into k viewed as tokens.
         """
-        at = positions.numpy()  # whose calls cost a fifth of torch's on a few numbers
-        pages = self._numbers[sequence_ids, :, at // self.page_size].astype(np.int64)  # [n, kv_heads]
-        return torch.from_numpy(np.ascontiguousarray(pages * self.page_size + (at % self.page_size)[:, None]))
+        # numpy's calls cost a fifth of torch's on a few numbers.
+        logical, inside = np.divmod(positions.numpy(), self.page_size)
+        pages = self._numbers[sequence_ids, :, logical]  # [n, kv_heads]
+        first = np.multiply(pages, self.page_size, dtype=np.int64, order="C")
+        return torch.from_numpy(first + inside[:, None])
 
     def tables(self, sequence_ids: list[int]) -> torch.Tensor:
         """A copy of the page tables of some sequences, int32 [len(sequence_ids), kv_heads, pages]."""

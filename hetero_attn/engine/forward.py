@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from hetero_attn.cache.cache import KVCache
@@ -95,7 +96,7 @@ class Forward:
         with self.guarded():
             if is_one_by_one:
                 self._kv_cache.wait_for_moves()
-            ids = torch.tensor(token_ids, device="cpu")
+            ids = torch.from_numpy(np.array(token_ids, np.int64))
             if weights.fusion is None:
                 embed(lanes, weights, ids, self.work.residual.rows(0, step.rows))
             else:
