@@ -29,6 +29,8 @@ from cpu_kernels.vectors.vector import (
 )
 
 STREAM_LINES = 4  # lines of one feature per step when rows are few: as many independent sums
+SHORT_BYTES = 1024  # features of no more are short
+SHORT_AHEAD_BYTES = 1024  # ahead of short features on AVX2: 512 gain less, of longer ones every distance costs
 
 
 class Line(NamedTuple):
@@ -143,17 +145,16 @@ def lines_ahead(features: int):
     return ask
 
 
-def stream_step(isa: Isa, weight_dtype: str):
-    """Intrinsic (sums, w, x) -> sums: STREAM_LINES lines of one feature, one row.
-
-    Nothing is asked for ahead: the CPU's own streams hold no miss buffers of the first level (see q_kernel.py).
-    """
+def stream_step(isa: Isa, weight_dtype: str, ahead: int = 0):
+    """Intrinsic (sums, w, x) -> sums: STREAM_LINES lines of one feature, one row; asks for those `ahead` bytes on."""
     tile = types.UniTuple(F32x16, STREAM_LINES)
     shape, parts = line_of(isa, weight_dtype), line_products(isa, weight_dtype)
 
     @emits(tile, tile, intp, intp)
     def lines(b, sums, w, x):
         for index in range(STREAM_LINES):
+            if ahead:
+                prefetch_value(b, w, ahead + shape.w_bytes * index)
             w_line, acc = weight_line(shape, b, w, index), b.extract_value(sums, index)
             for part, (select, add_product) in enumerate(parts):
                 x_line = load_as(b, x, VI32, shape.x_bytes * index + 64 * part)
@@ -172,9 +173,14 @@ def stream_step(isa: Isa, weight_dtype: str):
 
 
 def block_times_row(isa: Isa, weight_dtype: str):
-    """Function: the 16 output features of one block for one row, the weights read as one stream."""
+    """Function: the 16 output features of one block for one row, the weights read as one stream.
+
+    Nothing is asked for ahead: the CPU's own streams hold no miss buffers of the first level (see q_kernel.py). But
+    the sums of short features come between their lines, and a Zen 3 then runs too little ahead by itself.
+    """
     start, store = zeros(STREAM_LINES), finish_dots(1, 1)
     lines, together = stream_step(isa, weight_dtype)
+    lines_of_short = stream_step(isa, weight_dtype, SHORT_AHEAD_BYTES if isa.name == "avx2" else 0)[0]
     line, part = tile_step(isa, weight_dtype, 1, 1)
     line_items, _, x_bytes = line_of(isa, weight_dtype)
     w_bytes = line_of(isa, weight_dtype).w_bytes
@@ -187,7 +193,10 @@ def block_times_row(isa: Isa, weight_dtype: str):
             sums, w = start(), weight + f * w_stride
             index = 0
             while index + STREAM_LINES <= whole:
-                sums = lines(sums, w + w_bytes * index, x + x_bytes * index)
+                if w_bytes * whole <= SHORT_BYTES:
+                    sums = lines_of_short(sums, w + w_bytes * index, x + x_bytes * index)
+                else:
+                    sums = lines(sums, w + w_bytes * index, x + x_bytes * index)
                 index += STREAM_LINES
             total = together(sums)
             while index < whole:
