@@ -55,6 +55,7 @@ def run_process(name: str, *arguments: object, lines: str = "") -> subprocess.Co
     return subprocess.run(command, env=environment, input=lines, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.matrix
 def test_whole_model_alone_ends_with_a_json_line(checkpoint: Path, tmp_path: Path) -> None:
     rows = ("prefill-bf16", "depth-bf16")
     no_peer = ["--llama-python", tmp_path / "no-such-interpreter", "--peers", "llama.cpp"]
@@ -206,6 +207,7 @@ def test_growth_ends_with_a_json_line_that_says_what_was_met() -> None:
     assert [(row["dtype"], row["is_met"]) for row in record["exact"]] == [("fp32", True), ("bf16", True)]
 
 
+@pytest.mark.matrix
 def test_the_gpu_script_runs_the_parts_that_are_asked_for_and_reports_them(tmp_path: Path) -> None:
     """A measurement of the hand-over that an emulated GPU cannot take, and those of one plan of a model."""
     arguments = ("--device", "emulated", "--quick", "--work-dir", tmp_path, "--out", tmp_path / "out")

@@ -62,7 +62,7 @@ def large(tmp_path_factory):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from Linux's /proc")
-@pytest.mark.parametrize("dtype", ["auto", "q4"])
+@pytest.mark.parametrize("dtype", [pytest.param("auto", marks=pytest.mark.matrix), "q4"])
 def test_no_second_copy_is_held(large, dtype):
     """The file in memory beside the weights, or these twice, would be more than is allowed.
 

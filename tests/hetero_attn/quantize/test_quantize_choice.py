@@ -92,6 +92,7 @@ def test_a_solver_that_finds_nothing_in_its_time_is_replaced_by_exchanges(monkey
     assert total(best) * (1 - 1e-3) <= total(found) <= 1.05 * total(best)
 
 
+@pytest.mark.matrix
 def test_a_calibration_text_brings_a_recipe_nearer_to_the_model(halved, tmp_path):
     """On another text, with the same types."""
     tokens = Tokenizer.open(TINY).encode((TINY / "heldout.txt").read_text()[20000:20600])[:64]

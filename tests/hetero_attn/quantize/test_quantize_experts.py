@@ -64,6 +64,7 @@ def test_a_gguf_source_keeps_its_codes_and_every_lane_gives_the_same_bits(tmp_pa
     assert torch.equal(*found)
 
 
+@pytest.mark.matrix
 def test_on_a_text_experts_are_measured_together_and_rounded_each_for_its_own_tokens(tmp_path):
     """Nearer to the model than rounding to the nearest, in the very types that the text chose."""
     path = checkpoint(tmp_path / "model", "qwen2_moe", layers=1)
