@@ -116,13 +116,23 @@ def _candidates(problems: Sequence[Problem], on_gpu: bool) -> list[Candidate]:
 def _within_host_budgets(problems: Sequence[Problem]) -> list[Candidate]:
     """What is found without budgets of host memory, where it keeps them: programs that know them leave room for what
     whole units may lose, and so miss placements that need none of it."""
-    limited = {id(p.workload): p.budgets for p in problems if (p.budgets.pinned, p.budgets.host) != (None, None)}
+    limited = {
+        id(p.workload): p.budgets
+        for p in problems
+        if (p.budgets.pinned, p.budgets.host) != (None, None) and _may_hold_weights(p)
+    }
     free = [replace(p, budgets=Budgets(p.budgets.gpu)) for p in problems if id(p.workload) in limited]
     found = (
         replace(each, problem=replace(each.problem, budgets=limited[id(each.problem.workload)]))
         for each in candidates(free)
     )
     return [each for each in found if each.fits]
+
+
+def _may_hold_weights(problem: Problem) -> bool:
+    """Whether all memory together is as large as the weights, so that a search is worth its time."""
+    budgets, weights = problem.budgets, sum(shard.total_bytes for shard in problem.workload.linears)
+    return budgets.host is None or weights <= budgets.gpu + budgets.host
 
 
 def problem_of(request: PlanRequest) -> Problem:
