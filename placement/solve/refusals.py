@@ -1,18 +1,21 @@
 """Memory budgets that no plan can meet: which one is too small, and the smallest that works beside the others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 from placement.plan.units import format_bytes
+from placement.program.program import INFINITY
 from placement.solve.decisions import Budgets
-from placement.solve.problem import Problem
+from placement.solve.problem import Candidate, Problem
 from placement.solve.request import PlanRequest
 from placement.solve.search import candidates, least_bytes
 
-INFINITY = float("inf")
 MOST_IN_KIB = 2**26  # a budget from here on is rounded up to MiB, which is less than 2 % of it
 LEAST_MEANT = 2**16  # a smaller budget is a number that lacks its unit
 BARE_NUMBER = "; a number without a unit is bytes, write 8GiB for gibibytes"  # said of budgets that nobody can mean
+# Of a budget of GPU memory, what is found without budgets of host memory.
+Found = Callable[[float], list[Candidate]]
 
 
 class BudgetError(ValueError):
@@ -31,17 +34,22 @@ class BudgetError(ValueError):
 
 def refusal(request: PlanRequest, problem: Problem, problems: Sequence[Problem]) -> BudgetError:
     """Why a request finds no plan. problem: its own; problems: all that were tried in its place."""
+
+    @cache
+    def found(gpu_bytes: float) -> list[Candidate]:
+        return candidates([replace(each, budgets=Budgets(gpu_bytes)) for each in problems])
+
     gpu = problem.budgets.gpu
     trials = (("gpu", Budgets(INFINITY)), ("host", Budgets(gpu)), ("pinned", Budgets(gpu, pinned=INFINITY)))
     for place, budgets in trials:
         limit, fixed = request.limits[place], request.fixed_bytes[place]
-        alone = None if limit is None else _least(problem, problems, place, budgets)
+        alone = None if limit is None else _least(problem, found, place, budgets)
         if alone is not None and alone + sum(fixed.values()) > limit:
-            least = _least(problem, problems, place, _lifted(problem.budgets, place))
-            beside = "" if least is not None else _beside(request, problem, problems, place, alone)
+            least = _least(problem, found, place, _lifted(problem.budgets, place))
+            beside = "" if least is not None else _beside(request, problem, found, place, alone)
             kinds = fixed | {"weights, kv and staging": alone if least is None else least}
             return budget_error(place, kinds, limit, beside)
-    return _not_together(request, problem, problems)
+    return _not_together(request, problem, found)
 
 
 def _lifted(budgets: Budgets, place: str) -> Budgets:
@@ -49,46 +57,45 @@ def _lifted(budgets: Budgets, place: str) -> Budgets:
     return replace(budgets, **{place: INFINITY})
 
 
-def _least(problem: Problem, problems: Sequence[Problem], place: str, budgets: Budgets) -> int | None:
+def _least(problem: Problem, found: Found, place: str, budgets: Budgets) -> int | None:
     """Fewest bytes at a place, beside everything of fixed size, that work under other budgets: those that a program
     promises, or what is found without budgets of host memory takes. None where none do."""
     least = least_bytes(problem, place, budgets)
     if least is None or place == "gpu":
         return None if least is None else round(least)
     others = replace(budgets, **{place: None})
-    found = candidates([replace(each, budgets=Budgets(budgets.gpu)) for each in problems])
-    kept = [each for each in found if replace(each, problem=replace(each.problem, budgets=others)).fits]
+    kept = [each for each in found(budgets.gpu) if replace(each, problem=replace(each.problem, budgets=others)).fits]
     return min([round(least), *(each.used_bytes[place] for each in kept)])
 
 
 def _too_small(
-    request: PlanRequest, problem: Problem, problems: Sequence[Problem], budgets: Budgets, places: Sequence[str]
+    request: PlanRequest, problem: Problem, found: Found, budgets: Budgets, places: Sequence[str]
 ) -> list[tuple[str, int, int]]:
     """Of these places with a budget, what each would need if the others were as given here, and what it has: where that
     is less."""
-    found = []
+    small = []
     for place in places:
         limit = request.limits[place]
-        least = None if limit is None else _least(problem, problems, place, _lifted(budgets, place))
+        least = None if limit is None else _least(problem, found, place, _lifted(budgets, place))
         if limit is not None and least is not None:
             needed = least + sum(request.fixed_bytes[place].values())
-            found += [(place, needed, limit)] if needed > limit else []
-    return found
+            small += [(place, needed, limit)] if needed > limit else []
+    return small
 
 
-def _beside(request: PlanRequest, problem: Problem, problems: Sequence[Problem], place: str, alone: int) -> str:
+def _beside(request: PlanRequest, problem: Problem, found: Found, place: str, alone: int) -> str:
     """What has to change beside a budget whose smallest size works only then, as the end of a sentence."""
     others = [each for each in request.limits if each != place]
     budgets = replace(problem.budgets, **{place: float(alone)})
-    found = _too_small(request, problem, problems, budgets, others)
-    return "".join(f"; and beside it of {other}_memory {smallest(needed, has)}" for other, needed, has in found[-1:])
+    small = _too_small(request, problem, found, budgets, others)
+    return "".join(f"; and beside it of {other}_memory {smallest(needed, has)}" for other, needed, has in small[-1:])
 
 
-def _not_together(request: PlanRequest, problem: Problem, problems: Sequence[Problem]) -> BudgetError:
+def _not_together(request: PlanRequest, problem: Problem, found: Found) -> BudgetError:
     """Budgets of which each can be met without the others, with what one of them would have to be beside the others."""
     given = [f"{place}_memory" for place, limit in request.limits.items() if limit is not None]
     message = f"the budgets {' and '.join(given)} cannot be met together"
-    ways = _too_small(request, problem, problems, problem.budgets, list(request.limits))
+    ways = _too_small(request, problem, found, problem.budgets, list(request.limits))
     if not ways:
         return BudgetError(f"{message}; raise one of them", 0, request.gpu_memory_bytes or 0)
     known = [f"of {place}_memory {smallest(needed, limit)}" for place, needed, limit in ways]

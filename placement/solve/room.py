@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from placement.plan.memory import LinearPlacement
+from placement.program.program import INFINITY
 from placement.solve.classes import LayerClass
 from placement.solve.pairing import pairs
 from placement.solve.problem import Candidate
@@ -28,7 +29,7 @@ class _Block(NamedTuple):
 
 def with_room_used(candidate: Candidate) -> Candidate:
     """The candidate with more of its linears in GPU memory, as far as there is room and each step makes it faster."""
-    if candidate.spread is None or candidate.problem.budgets.gpu == float("inf"):
+    if candidate.spread is None or candidate.problem.budgets.gpu == INFINITY:
         return candidate
     while True:
         steps = [step for step in map(_within_budget, _steps(candidate)) if step.fits]
