@@ -276,7 +276,8 @@ class LLM:
     def _step(self) -> tuple[Request, ...]:
         if not self._scheduler.has_work:
             return ()
-        self._replanner.follow(self._scheduler.tokens)
+        if self.plan.workload.elastic:
+            self._replanner.follow(self._scheduler.tokens)
         active = self._scheduler.step()
         self._rebalancer.follow()
         return active

@@ -10,7 +10,6 @@ from hetero_attn.lanes.lanes import Lanes
 from placement.plan.workload import row_tier
 
 PHASES = ("prefill", "decode")
-COUNTERS = ("wall_s", "cpu_lane_s", "waited_s", "handover_s", "streamed_bytes")
 
 
 @dataclass(slots=True)
@@ -30,11 +29,15 @@ class PhaseTimes:
     streamed_bytes: int = 0
 
     def add(self, tokens: int, spent: Sequence[float]) -> None:
-        """Count one step; spent: in the order of COUNTERS."""
+        """Count one step; spent: wall_s and what follows it, in that order."""
+        wall_s, cpu_lane_s, waited_s, handover_s, streamed_bytes = spent
         self.steps += 1
         self.tokens += tokens
-        for name, value in zip(COUNTERS, spent, strict=True):
-            setattr(self, name, getattr(self, name) + value)
+        self.wall_s += wall_s
+        self.cpu_lane_s += cpu_lane_s
+        self.waited_s += waited_s
+        self.handover_s += handover_s
+        self.streamed_bytes += streamed_bytes
 
     def since(self, earlier: "PhaseTimes") -> "PhaseTimes":
         """What came after `earlier` was copied from these totals."""
@@ -196,7 +199,7 @@ class LaneReport:
 
 
 def _counters(lanes: Lanes) -> tuple[float, ...]:
-    """In the order of COUNTERS."""
+    """wall_s of `PhaseTimes` and what follows it, in that order."""
     return time.perf_counter(), lanes.cpu_lane_s, lanes.waited_s, lanes.handover_s, lanes.streamed_bytes
 
 

@@ -202,6 +202,8 @@ class Lanes:
 
     def join(self) -> None:
         """Wait for every job given so far; raises what the first failed one raised, after all have ended."""
+        if self.device is None:
+            return
         with self._waiting():
             self.handover.join()
 

@@ -93,7 +93,8 @@ def embed(lanes: Lanes, weights: ModelWeights, token_ids: torch.Tensor, residual
     side."""
     residual = residual.columns(0, weights.spec.hidden_size)
     if format_of(weights.embed_format).is_row_major:
-        residual.host.copy_(weights.embed[token_ids])
+        # For a single row torch's gather costs as much as an attention block of a small model.
+        residual.host.copy_(weights.embed[token_ids if len(token_ids) > 1 else token_ids.item()])
     else:
         lanes.host_ops.unpack_rows(weights.embed, weights.embed_format, token_ids, residual.host)
     if weights.spec.embedding_scale != 1.0:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hetero_attn.engine.greatest import greatest
+from hetero_attn.engine.greatest import greatest, greatest_with_value
 from hetero_attn.errors import NonFiniteLogitsError, SamplingError
 from hetero_attn.serving.draws.likely import likely_tokens, pick
 from hetero_attn.serving.draws.unmasked import first_draw, second_draw
@@ -113,13 +113,13 @@ class Sampler:
                 further, or a penalty takes a logit beyond float32.
         """
         assert logits.shape == (self._vocab_size,), f"logits {tuple(logits.shape)}, vocabulary of {self._vocab_size}"
-        best = greatest(logits)
+        best, value = greatest_with_value(logits)
         # A NaN counts as the largest value, so the value that it points to tells of any NaN.
-        self._check_finite(float(logits[best]), len(generated_ids))
+        self._check_finite(value, len(generated_ids))
         adjusted = self._adjust(logits, prompt_ids, generated_ids)
         if adjusted is not logits:
-            best = greatest(adjusted)
-            self._check_allowed(float(adjusted[best]), len(generated_ids))
+            best, value = greatest_with_value(adjusted)
+            self._check_allowed(value, len(generated_ids))
         if self._token_mask is not None and self._token_mask.holds(generated_ids):
             token_id = self._choose_allowed(adjusted, best, generated_ids)
         elif self.params.greedy:

@@ -39,7 +39,7 @@ class PromptChunks:
             self._scoring_is_next = False
             return (), {first: first.chunk_ids[first.computed : first.computed + self._rows(0, others)]}
         self._scoring_is_next = True
-        return decoding, self._chunks(prompts, self._rows(len(decoding), others))
+        return decoding, self._chunks(prompts, self._rows(len(decoding), others)) if prompts else {}
 
     def _chunks(self, prompts: Sequence[Request], rows: int) -> Chunks:
         cache, page_size = self._engine.kv_cache, self._engine.plan.page_size

@@ -264,7 +264,7 @@ class Scheduler:
     def _decode_plainly(self, requests: tuple[Request, ...]) -> None:
         sequences = [request.sequence for request in requests]
         logits = self._engine.decode_step(sequences, [request.token_ids[-1] for request in requests], copy=False)
-        for request, row in zip(requests, logits, strict=True):
+        for request, row in zip(requests, logits.unbind(), strict=True):
             request.choose(row)
 
     def _retire(self) -> None:

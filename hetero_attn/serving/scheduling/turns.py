@@ -158,7 +158,7 @@ class Turns:
             finally:
                 ended.release()
 
-        self._stepper.submit(job)
+        self._stepper.put(job)
         try:
             if not ended.acquire(timeout=wait_s):
                 return None
@@ -176,10 +176,11 @@ class Turns:
 
     def _slice_for(self, requests: Sequence[Request], step: Callable[[], object]) -> bool:
         stop = time.monotonic() + SLICE_S
-        while _go_on(requests):
-            self._alone(step)
-            if self._queue or time.monotonic() >= stop:
-                break
+        with self._engine.lanes.torch_at_rest():  # each step would bring it there and back
+            while _go_on(requests):
+                self._alone(step)
+                if self._queue or time.monotonic() >= stop:
+                    break
         return _go_on(requests)
 
     def _alone(self, work: Callable[[], Result]) -> Result:

@@ -12,8 +12,8 @@ from tests.support.turns import PROMPTS, greedy, is_at_rest
 @pytest.fixture
 def slices(llm, monkeypatch):
     """One entry for each time that the main thread waits for the steps' thread."""
-    made, submit = [], llm._turns._stepper.submit
-    monkeypatch.setattr(llm._turns._stepper, "submit", lambda *job: made.append(job) or submit(*job))
+    made, put = [], llm._turns._stepper.put
+    monkeypatch.setattr(llm._turns._stepper, "put", lambda job: made.append(job) or put(job))
     return made
 
 
