@@ -157,6 +157,8 @@ class PagedStore:
 
     def tables(self, sequence_ids: list[int]) -> torch.Tensor:
         """A copy of the page tables of some sequences, int32 [len(sequence_ids), kv_heads, pages]."""
+        if len(sequence_ids) == 1:
+            return torch.from_numpy(self._numbers[sequence_ids[0]][None].copy())
         return torch.from_numpy(self._numbers[sequence_ids])
 
     def resize(self, num_pages: int, used: list[int]) -> None:

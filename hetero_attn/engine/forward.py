@@ -15,7 +15,7 @@ from hetero_attn.engine.draft_head import enter, keep
 from hetero_attn.engine.replays.graph_replay import GraphReplay
 from hetero_attn.engine.replays.replay import DecodeReplay
 from hetero_attn.errors import EngineDeadError
-from hetero_attn.lanes.activation import Activation
+from hetero_attn.lanes.activation import Activation, before
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.block import FixedView, StateView
 from hetero_attn.models.decoder import ModelWeights, capped, embed
@@ -274,7 +274,7 @@ class Forward:
         return capped(self._logits_view(rows), self._config.logit_cap)
 
     def _logits_view(self, rows: int) -> torch.Tensor:
-        return self._logits.host[:rows, : self._logit_rows]
+        return before(self._logits.host[:rows], self._logit_rows)
 
 
 def _wanted_rows(work: Sequence[Rows]) -> list[int]:

@@ -81,6 +81,8 @@ class PrefillBar:
 
     def update(self) -> None:
         """Show how far the prompts have come."""
+        if self._bar.disable:
+            return
         self._bar.update(self._computed() - self._bar.n)
         if self._bar.n >= self._bar.total:
             self._bar.close()

@@ -19,6 +19,7 @@ import time
 from bisect import insort
 from collections.abc import Sequence
 from itertools import count
+from operator import attrgetter
 
 import torch
 
@@ -30,6 +31,8 @@ from hetero_attn.serving.scheduling.chunks import Chunks, PromptChunks
 from hetero_attn.speculation.forced import forced_drafts
 from hetero_attn.speculation.speculator import Speculator
 from hetero_attn.speculation.width import WIDTHS
+
+_rank = attrgetter("rank")
 
 
 class Scheduler:
@@ -123,8 +126,7 @@ class Scheduler:
         return (*decoding, *chunks)
 
     def _follow(self, before: dict[Request, int]) -> None:
-        """Show a head that drafts what the step has computed, of requests that go on. before: tokens that each had, of
-        none where nobody reads along."""
+        """Show a head that drafts what a step computed, of requests that go on. before: tokens that each had."""
         for request, position in before.items():
             rows = request.cached_tokens - position
             if rows > 0 and request.finish_reason is None and request.scores is None:
@@ -233,6 +235,8 @@ class Scheduler:
 
     def _drafts(self, requests: tuple[Request, ...]) -> list[list[int]]:
         """What each request's next tokens may be, or have to be; none without pages for them."""
+        if self.speculator is None and not any(request.sampler.has_grammar for request in requests):
+            return [[] for _ in requests]
         cache, most_rows, pages = self._engine.kv_cache, self._engine.most_single_rows, 0
         drafts = [[] for _ in requests] if cache.states else forced_drafts(requests, most_rows)  # states forget nothing
         if self.speculator is not None:
@@ -294,7 +298,3 @@ def _choose_while_right(request: Request, drafts: Sequence[int], logits: torch.T
         if request.finish_reason is not None or request.token_ids[-1] != draft:
             return accepted
     raise AssertionError("no token is None")
-
-
-def _rank(request: Request) -> tuple[int, int]:
-    return request.rank
