@@ -276,8 +276,7 @@ class LLM:
     def _step(self) -> tuple[Request, ...]:
         if not self._scheduler.has_work:
             return ()
-        if self.plan.workload.elastic:
-            self._replanner.follow(self._scheduler.tokens)
+        self._replanner.follow(lambda: self._scheduler.tokens)
         active = self._scheduler.step()
         self._rebalancer.follow()
         return active
@@ -290,10 +289,12 @@ class LLM:
             with memory_named("computing a step"):
                 while self._turns.slice_for(requests, self._step):
                     bar.update()
-        finally:
-            bar.close()
+        except BaseException:
             for request in requests:
                 self.abort(request)
+            raise
+        finally:
+            bar.close()
 
     def _bar(self, requests: Sequence[Request]) -> PrefillBar:
         return PrefillBar(requests, self.engine.prefill_chunk, self._progress)

@@ -26,7 +26,7 @@ class PhaseTimes:
     cpu_lane_s: float = 0.0
     waited_s: float = 0.0
     handover_s: float = 0.0
-    streamed_bytes: int = 0
+    streamed_bytes: float = 0
 
     def add(self, tokens: int, spent: Sequence[float]) -> None:
         """Count one step; spent: wall_s and what follows it, in that order."""

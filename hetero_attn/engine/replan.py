@@ -53,13 +53,17 @@ class Replanner:
         self._plans.clear()
         return self.planned.plan
 
-    def follow(self, tokens: int) -> None:
-        """Take the cuts that are best for `tokens` in the cache, all sequences together, if that pays.
+    def follow(self, tokens_of: Callable[[], int]) -> None:
+        """Take the cuts that are best for so many tokens in the cache, all sequences together, if that pays.
 
-        tokens: with those of the coming step. The context counts as grown when it doubles, and as ended at a quarter.
+        tokens_of: says how many, with those of the coming step; asked of an elastic model only. The context counts as
+        grown when it doubles, and as ended at a quarter.
         """
+        if not self.planned.plan.workload.elastic:
+            return
+        tokens = tokens_of()
         wanted = self._level(tokens)
-        if self.planned.plan.workload.elastic and not self._level_planned // 4 < wanted <= self._level_planned:
+        if not self._level_planned // 4 < wanted <= self._level_planned:
             self._level_planned = wanted
             try:
                 self._adapt(wanted, tokens)

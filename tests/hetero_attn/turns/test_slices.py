@@ -47,7 +47,7 @@ def test_a_slice_ends_where_another_thread_waits_for_its_turn(llm, monkeypatch, 
     other.join(60)
 
     assert not other.is_alive()
-    assert len(slices) >= 3  # two of the steps, one of the abort that follows every answer
+    assert len(slices) >= 2  # of the steps, in one of which the other thread came
     assert is_at_rest(llm)
 
 
