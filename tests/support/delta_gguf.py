@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hetero_attn.spec.config import ModelConfig
-from tests.support.gguf_models import add_metadata, coded
+from tests.support.gguf_models import add_metadata, coded, eps_of_files
 from tests.support.moe import gguf_name, make_moe
 
 ARCHITECTURES = {"qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
@@ -55,6 +55,7 @@ def delta_gguf(folder: Path, family: str, kind: str = "Q8_0", says: dict[str, in
         else {k: v for k, v in SHAPE.items() if "expert" not in k and "moe" not in k}
     )
     plain = make_moe(folder / "plain", family, layers=4, **shape | {"layer_types": None})
+    eps_of_files(plain)
     config, tensors = ModelConfig.from_dir(plain), load_file(plain / "model.safetensors")
     writer = gguf.GGUFWriter(folder / "model.gguf", ARCHITECTURES[family])
     _metadata(writer, family, config, says or {})
@@ -86,7 +87,7 @@ def delta_gguf(folder: Path, family: str, kind: str = "Q8_0", says: dict[str, in
 def _metadata(writer: gguf.GGUFWriter, family: str, config: ModelConfig, says: dict[str, int]) -> None:
     delta, sizes = config.delta, {"hidden": 128, "layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
     add_metadata(writer, family, sizes | {"intermediate": config.intermediate_size})
-    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope.theta)
     writer.add_rope_dimension_count(config.rope.rotary_dim)
     writer.add_ssm_conv_kernel(delta.kernel)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hetero_attn.spec.config import ModelConfig
-from tests.support.gguf_models import coded
+from tests.support.gguf_models import coded, eps_of_files
 from tests.support.moe import make_moe
 
 ARCHITECTURE, LAYERS, HIDDEN, WIDTH = "gemma4", 4, 128, 64
@@ -64,6 +64,7 @@ def gemma4_gguf(
     says: metadata beside the model's own, or instead of it. apart: whether gate and up of the experts are a tensor each.
     """
     plain = make_moe(folder / "plain", "gemma4_text", layers=LAYERS, **SHAPE | changes)
+    eps_of_files(plain)
     config, tensors = ModelConfig.from_dir(plain), load_file(plain / "model.safetensors")
     writer = gguf.GGUFWriter(folder / "model.gguf", ARCHITECTURE)
     _metadata(writer, config, says or {})

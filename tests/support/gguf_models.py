@@ -109,6 +109,15 @@ def make_gguf(
     return _write_gguf(folder, plain, family, kinds, default, shape, {}), plain
 
 
+def eps_of_files(plain: Path, key: str = "rms_norm_eps") -> float:
+    """The eps of norms of a directory, rewritten there as the float32 number that a GGUF file keeps of it: a norm adds it
+    in float64, where the other number now and then rounds a row the other way."""
+    config = json.loads((plain / "config.json").read_text())
+    config[key] = float(np.float32(config[key]))
+    (plain / "config.json").write_text(json.dumps(config))
+    return config[key]
+
+
 def _write_gguf(
     folder: Path,
     plain: Path,
@@ -124,7 +133,7 @@ def _write_gguf(
     architecture, ours = declared.gguf.architecture, tensor_names(plain).ours
     writer = gguf.GGUFWriter(folder / "model.gguf", architecture)
     add_metadata(writer, family, shape)
-    eps = json.loads((plain / "config.json").read_text())[declared.eps_key]
+    eps = eps_of_files(plain, declared.eps_key)
     said = {"rope.freq_base": 10000.0, declared.gguf.eps_key.removeprefix("."): eps} | dict(metadata)
     for key, value in said.items():
         if isinstance(value, list):
