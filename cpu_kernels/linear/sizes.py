@@ -21,9 +21,9 @@ NUMBER_BLOCKS = 8  # blocks at once that share what is made of the inputs
 
 def spread_rows(isa: Isa, item: WeightFormat) -> int:
     """From how many rows on they multiply what is made of a format's codes once for all of them; 0 where none do."""
+    if item.has_float_codes:
+        return NUMBER_ROWS if isa.has_avx2 or isa.has_avx512 else 0
     if not isa.has_avx2:
         return 0
-    if item.has_float_codes:
-        return NUMBER_ROWS
     gains = item.plane in SPREAD_PLANES and (item.plane != "u4" or item.header in SPREAD_NIBBLES)
     return SPREAD_ROWS if gains else 0

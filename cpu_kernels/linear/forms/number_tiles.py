@@ -1,9 +1,9 @@
-"""Codes that are numbers as float32, made once for many rows, and the register tile that multiplies them on 256 bits.
+"""Codes that are numbers as float32, made once for many rows, and the register tile that multiplies them.
 
 A panel of four rows makes float32 of a word's codes anew, which takes longer than its products. Here numbers of a few
 groups of 64 inputs are made once for all rows and stay in the first level of the cache while panels of six rows pass:
-every input's 16 numbers times six inputs spread from memory, 12 registers of sums. The sums, and their bits, are those
-of a panel of four rows.
+every input's 16 numbers times six inputs spread from memory, six registers of sums or, of 256 bits, 12. The sums, and
+their bits, are those of a panel of four rows.
 
   numbers of a group   the scales of its runs of inputs, a line each; then 64 lines, an input's number of 16 features
   inputs of a group    a line with the scales of six rows; then the 64 inputs of each row, float32
@@ -11,7 +11,7 @@ of a panel of four rows.
 
 from numba import types
 
-from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat
+from cpu_kernels.formats import BLOCK_FEATURES, GROUP_INPUTS, LINE_BYTES, WeightFormat
 from cpu_kernels.linear.forms.codes import code_words
 from cpu_kernels.linear.forms.float_codes import numbers_of_word, unit_of
 from cpu_kernels.vectors.compiler import helper, inlined
@@ -21,9 +21,9 @@ from cpu_kernels.vectors.vector import (
     F32,
     VF32,
     VI8,
-    F32x8,
     constant,
     emits,
+    float_vector,
     fma_value,
     intp,
     load_as,
@@ -35,7 +35,6 @@ ROWS = 6  # of a tile; a second one has four
 ROW_BYTES = 4 * GROUP_INPUTS  # of a row of inputs
 INPUT_BYTES = LINE_BYTES + ROWS * ROW_BYTES  # of a group of inputs
 STEP = 8  # inputs of one turn of the loop
-HALF, V8F32 = LINE_BYTES // 2, F32x8.be_type
 
 
 def runs_of(item: WeightFormat) -> int:
@@ -92,19 +91,20 @@ def input_spreader(item: WeightFormat):
     return spread_row
 
 
-def products_of(rows: int):
-    """Intrinsic (dots, numbers, inputs) -> dots: STEP inputs; dots 2r and 2r + 1 are those of row r."""
-    tile = types.UniTuple(F32x8, 2 * rows)
+def products_of(lanes: int, rows: int):
+    """Intrinsic (dots, numbers, inputs) -> dots: STEP inputs; a row has one register or two in turn."""
+    parts, vector = BLOCK_FEATURES // lanes, float_vector(lanes)
+    tile = types.UniTuple(vector, parts * rows)
 
     @emits(tile, tile, intp, intp)
     def add_products(b, dots, numbers, inputs):
-        sums = [b.extract_value(dots, index) for index in range(2 * rows)]
+        sums = [b.extract_value(dots, index) for index in range(parts * rows)]
         for at in range(STEP):
-            halves = [load_as(b, numbers, V8F32, LINE_BYTES * at + HALF * half) for half in (0, 1)]
+            line = [load_as(b, numbers, vector.be_type, LINE_BYTES * at + 4 * lanes * part) for part in range(parts)]
             for row in range(rows):
-                x = splat_value(b, load_as(b, inputs, F32, ROW_BYTES * row + 4 * at), 8)
-                for half, number in enumerate(halves):
-                    sums[2 * row + half] = fma_value(b, number, x, sums[2 * row + half])
+                x = splat_value(b, load_as(b, inputs, F32, ROW_BYTES * row + 4 * at), lanes)
+                for index, number in enumerate(line, parts * row):
+                    sums[index] = fma_value(b, number, x, sums[index])
         for index, value in enumerate(sums):
             dots = b.insert_value(dots, value, index)
         return dots
@@ -112,40 +112,43 @@ def products_of(rows: int):
     return add_products
 
 
-def scaled_sums(rows: int):
+def scaled_sums(lanes: int, rows: int):
     """Intrinsics: (dots, scales) -> dots * scales; (dots, scales, totals) -> totals + that; (totals, factors, sums),
     which adds totals, each row times its factor, to the rows of `sums`."""
-    tile = types.UniTuple(F32x8, 2 * rows)
+    parts, vector = BLOCK_FEATURES // lanes, float_vector(lanes)
+    tile = types.UniTuple(vector, parts * rows)
 
     @emits(tile, tile, intp)
     def scaled(b, dots, scales):
-        for index in range(2 * rows):
-            scale = load_as(b, scales, V8F32, HALF * (index % 2))
+        for index in range(parts * rows):
+            scale = load_as(b, scales, vector.be_type, 4 * lanes * (index % parts))
             dots = b.insert_value(dots, b.fmul(b.extract_value(dots, index), scale), index)
         return dots
 
     @emits(tile, tile, intp, tile)
     def with_scaled(b, dots, scales, totals):
-        for index in range(2 * rows):
-            scale = load_as(b, scales, V8F32, HALF * (index % 2))
+        for index in range(parts * rows):
+            scale = load_as(b, scales, vector.be_type, 4 * lanes * (index % parts))
             value = fma_value(b, b.extract_value(dots, index), scale, b.extract_value(totals, index))
             totals = b.insert_value(totals, value, index)
         return totals
 
     @emits(types.void, tile, intp, intp)
     def add_to_sums(b, totals, factors, sums):
-        for index in range(2 * rows):
-            row, at = index // 2, HALF * index
-            factor = splat_value(b, load_as(b, factors, F32, 4 * row), 8)
-            store_as(b, fma_value(b, b.extract_value(totals, index), factor, load_as(b, sums, V8F32, at)), sums, at)
+        for index in range(parts * rows):
+            row, at = index // parts, 4 * lanes * index
+            factor = splat_value(b, load_as(b, factors, F32, 4 * row), lanes)
+            total, so_far = b.extract_value(totals, index), load_as(b, sums, vector.be_type, at)
+            store_as(b, fma_value(b, total, factor, so_far), sums, at)
 
     return scaled, with_scaled, add_to_sums
 
 
-def number_tile(item: WeightFormat, rows: int):
+def number_tile(isa: Isa, item: WeightFormat, rows: int):
     """Function (numbers, inputs, groups, sums): adds so many groups of 16 features times `rows` rows to their sums."""
-    start, add_products = zeros(2 * rows, 8), products_of(rows)
-    scaled, with_scaled, add_to_sums = scaled_sums(rows)
+    lanes = isa.lanes
+    start, add_products = zeros(BLOCK_FEATURES // lanes * rows, lanes), products_of(lanes, rows)
+    scaled, with_scaled, add_to_sums = scaled_sums(lanes, rows)
     runs, run, to_next = runs_of(item), GROUP_INPUTS // runs_of(item), number_bytes(item)
 
     @inlined

@@ -83,9 +83,9 @@ def sums_of_rows(goes_on: bool):
     return begin, bring
 
 
-def tiles_of(item: WeightFormat):
+def tiles_of(isa: Isa, item: WeightFormat):
     """Function (numbers, inputs, groups, sums, rows): as `number_tile`, of any number of rows."""
-    multiply_6, multiply_4 = number_tile(item, ROWS), number_tile(item, 4)
+    multiply_6, multiply_4 = number_tile(isa, item, ROWS), number_tile(isa, item, 4)
 
     @helper
     def multiply(numbers, inputs, groups, sums, rows):
@@ -102,7 +102,7 @@ def tiles_of(item: WeightFormat):
 
 def rows_times_blocks(isa: Isa, item: WeightFormat, tile: int, filled: int, goes_on: bool):
     """Function: rows [row, last) times blocks [begin, end), as many as working memory holds."""
-    fill, multiply, spread = input_panels(item, tile, filled), tiles_of(item), number_spreader(isa, item)
+    fill, multiply, spread = input_panels(item, tile, filled), tiles_of(isa, item), number_spreader(isa, item)
     begin_sums, bring = sums_of_rows(goes_on)
     assert GROUPS * number_bytes(item) <= INPUTS_AT
 
