@@ -4,7 +4,7 @@
   dot2(acc, a, b)               I32x16: acc[i] += a[2i]*b[2i] + a[2i+1]*b[2i+1] of int16 pairs, exact in int32
   dot_bf16(acc, a, b)           F32x16: acc[i] += a[2i]*b[2i] + a[2i+1]*b[2i+1] of bf16 pairs, float32 accumulation
 
-avx512      vpdpbusd (VNNI) and, where present, dpbf16ps
+avx512      vpdpbusd (VNNI) and, where present, dpbf16ps and tables of 128 bytes (VBMI)
 avx512vnni  avx512 without dpbf16ps, as on CPUs that have VNNI alone: bf16 by shifts and FMA
 avxvnni     vpdpbusd on 256-bit registers; bf16 by shifts and FMA
 avx2        bytes split into even and odd int16, multiplied and added in pairs (vpmaddwd, which cannot saturate here)
@@ -22,7 +22,7 @@ NAMES = ("avx512", "avx512vnni", "avxvnni", "avx2", "neon", "portable")
 
 @dataclass(frozen=True, slots=True)
 class Isa:
-    """A chosen path: `name`, whether dpbf16ps is used, and how large a register tile is.
+    """A chosen path: `name`, whether dpbf16ps and vpermi2b are used, and how large a register tile is.
 
     row_tile: rows of one tile of the q8 and q4 linear. dot_features, dot_rows: of one tile of the fp32 and bf16 linear
     at many rows; its sums, one line of weights and one input must fit in the registers.
@@ -33,6 +33,7 @@ class Isa:
     row_tile: int
     dot_features: int
     dot_rows: int
+    has_byte_tables: bool = False
 
     @property
     def has_avx512(self) -> bool:
@@ -91,13 +92,14 @@ def choose(name: str | None = None) -> Isa:
         name = possible[0]
     if name not in possible:
         raise ValueError(f"isa is {name!r}; this CPU runs {', '.join(possible)}")
-    return named(name, has_bf16=name == "avx512" and "avx512bf16" in features)
+    is_whole = name == "avx512"
+    return named(name, is_whole and "avx512bf16" in features, is_whole and "avx512vbmi" in features)
 
 
-def named(name: str, has_bf16: bool = False) -> Isa:
+def named(name: str, has_bf16: bool = False, has_byte_tables: bool = False) -> Isa:
     """The path of this name, whatever the CPU."""
     if name in ("avx512", "avx512vnni"):
-        return Isa(name, has_bf16, row_tile=8, dot_features=4, dot_rows=6)
+        return Isa(name, has_bf16, row_tile=8, dot_features=4, dot_rows=6, has_byte_tables=has_byte_tables)
     if name in ("avxvnni", "avx2"):
         # 12 of 16 registers are sums: two features share what is read of six rows, so that products bind, not loads.
         return Isa(name, has_bf16=False, row_tile=4, dot_features=2, dot_rows=6)

@@ -38,6 +38,22 @@ def test_every_fp8_number_is_read():
     assert torch.equal(values.view(2, 128), codes.view(torch.float8_e4m3fn).float())
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_one_row_multiplies_every_fp8_number_exactly(isa):
+    """A single input of 127, which int8 holds, at every place in turn; numbers below the normal ones are among them."""
+    kind = next(item for item in KINDS if item.format == "fp8")
+    codes = torch.tensor([code for code in range(256) if code & 127 != 127] + [0, 0], dtype=torch.uint8)
+    rows = torch.stack([codes.roll(feature) for feature in range(16)]).view(16, 2, 128)
+    blocks = torch.cat((torch.ones(16, 2, 1).view(torch.uint8), rows), 2).flatten(1)
+    weight, out = packed(kernels(), kind, blocks), torch.empty(1, 16)
+
+    for place, numbers in enumerate(rows.flatten(1).view(torch.float8_e4m3fn).float().T):
+        x = torch.zeros(1, 256)
+        x[0, place] = 127.0
+        kernels(isa).linear(x, weight, "fp8", None, out)
+        assert torch.equal(out[0], 127 * numbers), place
+
+
 @by_kind
 @pytest.mark.parametrize(("rows", "count"), [(1, 5), (2, 1), (7, 3), (17, 40)])
 def test_linear_agrees_with_float64(kind, rows, count):
@@ -96,7 +112,7 @@ def test_a_scale_of_nvfp4_that_is_no_number_is_refused():
 
 
 def test_the_digits_of_a_table_are_its_numbers_and_pairs_of_products_fit_in_16_bits():
-    """What one row of NF4 is multiplied by where registers have 256 bits."""
+    """What one row of NF4 is multiplied by where registers have 256 bits or more."""
     planes = digit_planes(NF4_VALUES)
     whole = [sum(digit << 7 * plane for plane, digit in enumerate(digits)) for digits in zip(*planes)]
 

@@ -3,7 +3,7 @@
 import llvmlite.binding as llvm
 import pytest
 
-from cpu_kernels.vectors.isa import host_features, named
+from cpu_kernels.vectors.isa import choose, host_features, named
 from cpu_kernels.vectors.target import target_of
 from tests.support.cpu_oracles import ISAS
 
@@ -40,6 +40,17 @@ def test_the_path_without_bf16_has_no_instruction_for_it():
 
     assert target is not None
     assert "+avx512vnni" in target.features and "-avx512bf16" in target.features
+
+
+@pytest.mark.parametrize("has_tables", [True, False])
+def test_tables_of_128_bytes_are_for_the_best_path_of_a_cpu_that_has_them(has_tables, monkeypatch):
+    if "avx512" not in ISAS:
+        pytest.skip(f"this CPU runs {', '.join(ISAS)}")
+    features = (host_features() - {"avx512vbmi"}) | ({"avx512vbmi"} if has_tables else set())
+    monkeypatch.setattr("cpu_kernels.vectors.isa.host_features", lambda: features)
+
+    assert choose("avx512").has_byte_tables is has_tables
+    assert not choose("avx512vnni").has_byte_tables and not named("avx512").has_byte_tables
 
 
 def test_the_best_path_is_the_cpu_as_it_is():

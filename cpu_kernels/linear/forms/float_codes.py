@@ -4,8 +4,9 @@ With AVX-512 and elsewhere each of a word's four codes is taken by itself: a tab
 there, and a code E4M3, shifted by 7, is a float16 that is 256 times smaller, subnormal ones too. With AVX2 a table of
 16 has only bytes, so the four bytes of the numbers are looked up apart and put together: four lookups and eight
 interleavings make 32 numbers, where comparing with every index would take sixteen instructions for eight. For several
-rows bytes are sorted by input first; for one row those of E4M3 stay where they are (`row_dot`), and a table's numbers
-are not put together at all (number_planes.py).
+rows bytes are sorted by input first. For one row, with AVX-512 too, those of E4M3 stay where they are (`row_dot` and
+`wide_row_dot`; where the CPU multiplies bf16 see bf16_codes.py), and a table's numbers are not put together at all
+(number_planes.py).
 """
 
 import struct
@@ -16,9 +17,24 @@ from llvmlite import ir
 from cpu_kernels.formats import WeightFormat
 from cpu_kernels.vectors.dot import V16I16, V32I8, in_parts
 from cpu_kernels.vectors.isa import Isa
-from cpu_kernels.vectors.vector import HALF, I32, VF32, VHALF, VI16, VI32, call_llvm, constant, fma_value, picked
+from cpu_kernels.vectors.vector import (
+    HALF,
+    I8,
+    I16,
+    I32,
+    VF32,
+    VHALF,
+    VI16,
+    VI32,
+    call_llvm,
+    constant,
+    fma_value,
+    in_order,
+    picked,
+)
 
 HALF_SHIFT = 256.0  # what a float16 of the bits of an E4M3 has to be multiplied by
+V64I8, V32I16 = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 V8HALF, V8F32 = ir.VectorType(HALF, 8), ir.VectorType(VF32.element, 8)
 LANE_BYTES = 16
 # In 16 bytes, four inputs of four features each: those of the first input, then of the second one.
@@ -127,3 +143,42 @@ def _features(b, sums):
             chains.append(picked(b, *pair, lanes))
     total = reduce(b.fadd, chains)
     return picked(b, total, total, [0, 4, 1, 5, 2, 6, 3, 7])
+
+
+def wide_row_dot(b, words, inputs):
+    """As `row_dot`, with AVX-512: a register holds four inputs of four features."""
+    sums = [constant(VF32, 0.0)] * 4
+    for k, word in enumerate(words):
+        x = picked(b, inputs[k // 4], inputs[k // 4], [*range(4 * (k % 4), 4 * (k % 4) + 4)] * 4)
+        sums = [fma_value(b, number, x, total) for number, total in zip(_wide_halves(b, word), sums)]
+        sums = in_order(b, sums)
+    return _wide_features(b, sums)
+
+
+def _wide_halves(b, word):
+    """Four <16 x float> of <16 x i32>, as the float16 of their bits: the bytes of half of every 16, two each."""
+    codes, numbers = b.bitcast(word, V64I8), []
+    for upper in (0, 8):
+        starts = [lane + upper + at for lane in range(0, 64, LANE_BYTES) for at in range(8)]
+        bytes_ = picked(b, constant(V64I8, 0), codes, [at for place in starts for at in (place, 64 + place)])
+        # The sign stays where it is, the other bits move down by one.
+        halves = b.and_(b.ashr(b.bitcast(bytes_, V32I16), constant(V32I16, 1)), constant(V32I16, 0xBF80))
+        for lower in (0, 16):
+            sixteen = picked(b, halves, halves, list(range(lower, lower + 16)))
+            numbers.append(b.fpext(b.bitcast(sixteen, VHALF), VF32))
+    return numbers
+
+
+def _wide_features(b, sums):
+    """<16 x float>, a feature in a lane, of `_wide_halves`' four registers of four sums of four features each."""
+    pairs, chains = [], []
+    for high in (0, 2):
+        ends = [lane + high + at + of for lane in (0, 4, 8, 12) for of in (0, 16) for at in (0, 1)]
+        pairs.append([picked(b, sums[half], sums[half + 2], ends) for half in (0, 1)])
+    for pair in pairs:
+        for at in (0, 1):
+            ends = [lane + at + which + of for lane in (0, 4, 8, 12) for of in (0, 16) for which in (0, 2)]
+            chains.append(picked(b, *pair, ends))
+    total = reduce(b.fadd, chains)
+    lanes = [8 * (f // 4 % 2) + 4 * (f % 2) + 2 * (f // 8) + f // 2 % 2 for f in range(16)]
+    return picked(b, total, total, lanes)

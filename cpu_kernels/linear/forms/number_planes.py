@@ -1,14 +1,16 @@
-"""A table of 16 numbers as whole numbers in planes of seven bits, which one row of activations multiplies on 256 bits.
+"""A table of 16 numbers as whole numbers in planes of seven bits, which one row of activations multiplies.
 
 The numbers of NF4, float32 of at most 1 that are whole multiples of 2**-27, plus 1, are 29 bits: the digits of a number
-to base 128. A plane of digits is looked up for 32 codes in one instruction and multiplied by int8 activations as codes
-are, four inputs at a time; a pair's sum fits in 16 bits, and every sum is exact until the planes are added up. To make
-float32 of the codes takes eight interleavings for 32 numbers, on the ports that look up as well.
+to base 128. A plane of digits is looked up for a register of codes in one instruction and multiplied by int8
+activations as codes are, four inputs at a time; a pair's sum fits in 16 bits, and every sum is exact until the planes
+are added up. To make float32 of the codes takes eight interleavings for 32 numbers on AVX2, on the ports that look up
+as well, and with AVX-512 a lookup for every 16 instead of every 64.
 """
 
 from llvmlite import ir
 
-from cpu_kernels.vectors.dot import V8I32, V32I8, emit_dot4_256, in_parts, together
+from cpu_kernels.linear.forms.codes import look_up
+from cpu_kernels.vectors.dot import V8I32, V32I8, emit_dot4, emit_dot4_256, in_parts, together
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.vector import VF32, VI32, call_llvm, constant, fma_value, in_order
 
@@ -47,7 +49,22 @@ def planes_dot(isa: Isa, b, values: tuple[float, ...], half_word, record, places
                 sums[plane] = emit_dot4_256(isa, b, sums[plane], b.bitcast(digits, V8I32), x)
             sums = in_order(b, sums)
         halves.append(sums)
-    planes = [together(b, list(both)) for both in zip(*halves)]
+    return _as_float(b, [together(b, list(both)) for both in zip(*halves)])
+
+
+def wide_planes_dot(isa: Isa, b, values: tuple[float, ...], word, record, places: range, taken):
+    """As `planes_dot` with AVX-512, all features at once; word: see codes.code_words."""
+    sums = [constant(VI32, 0)] * (PLANES - 1) + [taken]
+    for k in places:
+        x, codes = record.inputs(0, k), word(k)
+        for plane, digits in enumerate(digit_planes(values)):
+            sums[plane] = emit_dot4(isa, b, sums[plane], look_up(isa, b, tuple(digits), codes), x)
+        sums = in_order(b, sums)
+    return _as_float(b, sums)
+
+
+def _as_float(b, planes):
+    """<16 x float> of the sums of all planes, <16 x i32>."""
     low, high = (b.add(b.shl(planes[at + 1], constant(VI32, DIGIT_BITS)), planes[at]) for at in (0, 2))
     low = b.fmul(b.sitofp(low, VF32), constant(VF32, 2.0**-FRACTION_BITS))
     return fma_value(b, b.sitofp(high, VF32), constant(VF32, 2.0 ** (2 * DIGIT_BITS - FRACTION_BITS)), low)

@@ -11,9 +11,10 @@ from llvmlite import ir
 from numba import types
 
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat
+from cpu_kernels.linear.forms.bf16_codes import row_dot_bf16
 from cpu_kernels.linear.forms.codes import code_words, half_words
-from cpu_kernels.linear.forms.float_codes import numbers_of_word, row_dot, unit_of
-from cpu_kernels.linear.forms.number_planes import ONE, fits_planes, planes_dot
+from cpu_kernels.linear.forms.float_codes import numbers_of_word, row_dot, unit_of, wide_row_dot
+from cpu_kernels.linear.forms.number_planes import ONE, fits_planes, planes_dot, wide_planes_dot
 from cpu_kernels.linear.records import Record
 from cpu_kernels.vectors.code_sums import CodeSums
 from cpu_kernels.vectors.dot import emit_dot2
@@ -48,7 +49,7 @@ class FormSums:
     """What a format's 64 inputs add to the sums of `rows` rows, as LLVM values.
 
     Arguments of its methods: b the builder; superblock its address; group which 64 inputs of it; word(k) their codes,
-    four inputs each, or where `takes_planes` word(k, half), of half the features; record the activations. They give a
+    four inputs each, or where `takes_halves` word(k, half), of half the features; record the activations. They give a
     float32 vector a row, before the row's own scale.
     """
 
@@ -61,13 +62,19 @@ class FormSums:
         self.runs = GROUP_INPUTS // self.run
         self.code_sums = CodeSums(isa, item.largest_code)
         self.offset = item.offset - 128 if self.code_sums.takes_128 else item.offset
-        self.takes_planes = rows == 1 and isa.has_avx2 and self.run >= 32 and fits_planes(item.values)
+        is_x86 = isa.has_avx2 or isa.has_avx512
+        self.takes_planes = rows == 1 and is_x86 and self.run >= 32 and fits_planes(item.values)
         # Whether registers are few for what the rows hold, and what they share pays.
         self.has_several_rows = rows >= (2 if self.code_sums.takes_scales else 4)
         # Two dot2 a row, by sub-scales, in place of four.
         self.takes_sums_of_16 = item.header == "K2S16" and bool(self.offset) and self.has_several_rows
         # Two-level scales are multiplied as products are widened.
         self.scales_products = item.header.startswith("K2") and self.has_several_rows and self.code_sums.takes_scales
+
+    @property
+    def takes_halves(self) -> bool:
+        """Whether planes of digits are multiplied half the features at a time."""
+        return self.takes_planes and self.isa.has_avx2
 
     @cached_property
     def of_group(self):
@@ -125,9 +132,8 @@ class FormSums:
         if self.takes_planes:
             return [self.planes_dot(b, word, record, part)]
         quarters, unit = range(part * self.run // 16, (part + 1) * self.run // 16), unit_of(self.item)
-        if self.rows == 1 and self.isa.has_avx2 and self.item.plane == "f8":
-            words = [word(4 * quarter + k) for quarter in quarters for k in range(4)]
-            return [row_dot(b, self.item, words, [record.numbers(0, quarter, unit) for quarter in quarters])]
+        if self.rows == 1 and self.item.plane == "f8" and (self.isa.has_avx2 or self.isa.has_avx512):
+            return [self.row_dot(b, word, record, quarters, unit)]
         chains = max(1, 4 // self.rows)
         sums = [[constant(VF32, 0.0)] * chains for _ in range(self.rows)]
         for quarter in quarters:
@@ -140,12 +146,21 @@ class FormSums:
                         sums[row][chain] = fma_value(b, number, x, sums[row][chain])
         return [reduce(b.fadd, chained) for chained in sums]
 
+    def row_dot(self, b, word, record, quarters: range, unit: float):
+        """As `float_dots` of one row, of codes E4M3."""
+        words = [word(4 * quarter + k) for quarter in quarters for k in range(4)]
+        if self.isa.has_bf16 and self.isa.has_byte_tables:
+            return row_dot_bf16(self.isa, b, words, [record.numbers(0, quarter, 1.0) for quarter in quarters])
+        inputs = [record.numbers(0, quarter, unit) for quarter in quarters]
+        return wide_row_dot(b, words, inputs) if self.isa.has_avx512 else row_dot(b, self.item, words, inputs)
+
     def planes_dot(self, b, word, record, part: int):
         """As `float_dots` of one row, of numbers looked up as planes of digits."""
         fours, taken = range(part * self.run // 4, (part + 1) * self.run // 4), constant(VI32, 0)
         for half in range(part * self.run // 32, (part + 1) * self.run // 32):
             taken = emit_dot2(self.isa, b, taken, record.sums(0, half), constant(VI32, pair(-ONE, -ONE)))
-        return planes_dot(self.isa, b, self.item.values, word, record, fours, taken)
+        dot = planes_dot if self.takes_halves else wide_planes_dot
+        return dot(self.isa, b, self.item.values, word, record, fours, taken)
 
     def with_float_scales(self, b, superblock, group, word, record):
         """Sums of scale * dot, for every row; but of T16 a superblock is one group of inputs."""
@@ -261,7 +276,7 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
         for line in range(item.code_lines if ahead_bytes else 0):
             prefetch_value(b, lines, ahead_bytes + LINE_BYTES * line)
         activations = Record(b, record, rows)
-        if form_sums.takes_planes:
+        if form_sums.takes_halves:
             words = half_words(b, lines)
         else:
             words = code_words(isa, item, b, lines, form_sums.code_sums.table(item.table))
