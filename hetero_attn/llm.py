@@ -1,7 +1,7 @@
 """The public API: load a model by a plan, generate, stream, chat, score."""
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,10 @@ class LLM:
     that begin alike. handover: how GPU and CPU lane wait for each other, auto | events | flags | graph. overlap=False
     runs the lanes one after another. progress shows a bar while loading. max_waiting: a call that finds so many
     requests waiting for a place raises QueueFullError. needs_text=True refuses a model whose tokenizer is missing or
-    cannot be opened, as soon as that is known, and stops loading its weights; else such a model warns and takes token
-    ids. speculate: off | ngram | auto, a small model of the same vocabulary, or an EAGLE-3 head: who guesses next
-    tokens, as many as pay here; those that the sampler draws are kept. "ngram" looks where the text came before, "auto"
-    does so where the model allows it; a small model or head shares threads and GPU budget. None: as the policy says.
+    cannot be opened, while its weights load, as does a function of tokenizer and planned model that raises; else it
+    warns and takes ids. speculate: off | ngram | auto, a small model of the same vocabulary, or an EAGLE-3 head: who
+    guesses next tokens, as many as pay: those that the sampler draws are kept. "ngram" looks where text came before,
+    "auto" where the model allows it; a small model or head shares threads and budget. None: as the policy says.
 
     A request with `max_tokens` reserves the cache that it may need. One without takes pages as it grows; when they run
     out, the youngest of the lowest priority waits again and later goes on where it was.
@@ -88,7 +88,7 @@ class LLM:
         handover: str = "auto",
         progress: bool = True,
         max_waiting: int | None = None,
-        needs_text: bool = False,
+        needs_text: bool | Callable[[Tokenizer, PlannedModel], object] = False,
         speculate: str | Path | None = None,
     ) -> None:
         wishes = {name: value for name, value in locals().items() if name != "self"}

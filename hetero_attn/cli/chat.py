@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,8 @@ from hetero_attn.errors import EngineDeadError, HeteroError
 
 if TYPE_CHECKING:
     from hetero_attn import LLM
+    from hetero_attn.planning.settle import PlannedModel
+    from hetero_attn.serving.text.tokenizer import Tokenizer
 
 GREETING = "/help lists the commands; Ctrl-C ends an answer, Ctrl-D leaves"
 
@@ -43,14 +46,30 @@ def chat(
     """Talk with a model; Ctrl-C ends an answer, /exit ends the program, /help lists what else there is."""
     wishes = sampling.wishes()
     variables = dict(map(template_variable, template_var or ()))
-    with loading.llm(model, seed=seed, needs_text=True, speculate=speculate) as llm:
-        if not llm.tokenizer.chat_template:
-            from hetero_attn.serving.text.tokenizer import no_template
-
-            raise no_template(llm.planned.path)
+    refuses = refusing(wishes, variables)
+    with loading.llm(model, seed=seed, needs_text=refuses, speculate=speculate) as llm:
+        refuses(llm.tokenizer, llm.planned)  # where the weights were loaded before the tokenizer was open
         note(banner(llm))
         talk = Conversation(llm, llm.default_params(**wishes), system, variables=variables)
         converse(talk, line_source(note, tuple(HELP)))
+
+
+def refusing(wishes: dict[str, Any], variables: dict[str, Any]) -> Callable[[Tokenizer, PlannedModel], None]:
+    """Refuses a model that cannot chat so, while its weights are loaded: `needs_text` of `LLM`. Raises PromptError for
+    variables that no template may have."""
+    from hetero_attn.serving.prompts import as_template_variables
+
+    as_template_variables(variables)
+
+    def refuses(tokenizer: Tokenizer, planned: PlannedModel) -> None:
+        # Imported with the model by now, with the collector at rest.
+        from hetero_attn.serving.defaults import default_params
+        from hetero_attn.serving.text.first_words import expect_template
+
+        expect_template(tokenizer, planned.path)
+        default_params(planned.path, **wishes)
+
+    return refuses
 
 
 def converse(talk: Conversation, source: LineSource) -> None:

@@ -1,13 +1,20 @@
 """`hetero-attn generate`: one prompt in, text out as it is made, then the speed."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hetero_attn.cli import options
 from hetero_attn.cli.errors import INTERRUPTED
 from hetero_attn.cli.output import finished, output_dict, print_json, print_stream, read_text, speed_line
+
+if TYPE_CHECKING:
+    from hetero_attn.planning.settle import PlannedModel
+    from hetero_attn.serving.text.tokenizer import Tokenizer
 
 
 @options.spread
@@ -36,7 +43,8 @@ def generate(
     wishes = sampling.wishes(ignore_eos)
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages = [*opening, {"role": "user", "content": text}]
-    with loading.llm(model, seed=seed, needs_text=True, speculate=speculate) as llm:
+    refuses = refusing(messages if chat else text, wishes)
+    with loading.llm(model, seed=seed, needs_text=refuses, speculate=speculate) as llm:
         params = llm.default_params(**wishes)
         pieces = llm.stream_chat(messages, params) if chat else llm.stream(text, params)
         if as_json:
@@ -48,6 +56,21 @@ def generate(
                 typer.echo(speed_line(output.metrics), err=True)
     if output is None or output.finish_reason == "abort":
         raise typer.Exit(INTERRUPTED)
+
+
+def refusing(prompt: str | list[dict[str, str]], wishes: dict[str, Any]) -> Callable[..., None]:
+    """Refuses a prompt or messages that cannot be answered with what the model suggests for the rest of the wishes,
+    while its weights are loaded: `needs_text` of `LLM`."""
+
+    def refuses(tokenizer: Tokenizer, planned: PlannedModel) -> None:
+        # Imported with the model by now, with the collector at rest.
+        from hetero_attn.serving.defaults import default_params
+        from hetero_attn.serving.text.first_words import expect_answerable
+
+        default_params(planned.path, **wishes)
+        expect_answerable(prompt, tokenizer, planned)
+
+    return refuses
 
 
 def prompt_text(prompt: str | None, file: Path | None) -> str:

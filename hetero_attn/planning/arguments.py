@@ -25,7 +25,7 @@ INTEGERS = {
     "max_waiting": (1, 1 << 30),
 }
 TORCH_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
-FLAGS = ("elastic", "prefix_cache", "overlap", "progress", "needs_text")
+FLAGS = ("elastic", "prefix_cache", "overlap", "progress")
 MOST_BYTES = 1 << 60  # of GPU memory; what is far beyond any machine overflows a planner that divides
 
 
@@ -42,6 +42,8 @@ def _checked(name: str, value: Any) -> Any:
         return _integer(name, value)
     if name in FLAGS:
         _expect(isinstance(value, bool), name, value, "True or False")
+    elif name == "needs_text":
+        _expect(isinstance(value, bool) or callable(value), name, value, "True, False or a function that refuses more")
     elif name == "gpu_memory":
         return None if value is None else _size(value)
     elif name == "device":

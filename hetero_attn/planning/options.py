@@ -1,5 +1,6 @@
 """Every wish with which a model is loaded, once: `LLM`, `plan_model`, the commands and the profiler all make one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class LoadOptions:
     handover: str = "auto"
     progress: bool = True
     max_waiting: int | None = None
-    needs_text: bool = False
+    needs_text: bool | Callable[..., object] = False
     speculate: str | Path | None = None
 
     def __post_init__(self) -> None:

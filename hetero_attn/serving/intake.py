@@ -15,11 +15,12 @@ from hetero_attn.planning.options import LoadOptions
 from hetero_attn.serving.defaults import default_params
 from hetero_attn.serving.grammar import Grammars
 from hetero_attn.serving.prompt_scores import PromptScores
-from hetero_attn.serving.prompts import as_prompt, as_token_ids
+from hetero_attn.serving.prompts import as_prompt
 from hetero_attn.serving.request import Request
 from hetero_attn.serving.sampling import Sampler
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.serving.scheduling.turns import Turns
+from hetero_attn.serving.text.first_words import begun, checked_ids, expect_room_for
 from hetero_attn.serving.text.opening import NO_TEXT
 from hetero_attn.serving.text.tokenizer import Tokenizer
 
@@ -109,12 +110,7 @@ class Intake:
         for name, count in (("tokens", tokens), ("reserve", reserve)):
             if not isinstance(count, Integral) or isinstance(count, bool) or count < 0:
                 raise ArgumentError(f"{name} is {count!r:.60}; it must be a number of tokens")
-        most = self._replanner.planned.plan.max_context
-        if tokens + reserve > most:
-            raise PromptError(
-                f"the prompt has {tokens} tokens, but the context of this plan holds {most} including "
-                "the answer; shorten the prompt or load with a larger max_context"
-            )
+        expect_room_for(tokens, reserve, self._replanner.planned.plan.max_context)
 
     @property
     def _vocab_size(self) -> int:
@@ -151,20 +147,10 @@ class Intake:
 
     def _ids_of(self, prompt: Prompt) -> tuple[int, ...]:
         ids = self._require_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt
-        bos_token_id = self._replanner.planned.config.bos_token_id
-        if not ids and bos_token_id is not None:
-            ids = [bos_token_id]
-        return self._check_ids(ids, reserve=1)
+        return self._check_ids(begun(ids, self._replanner.planned.config.bos_token_id), reserve=1)
 
     def _check_ids(self, token_ids: Sequence[int], reserve: int) -> tuple[int, ...]:
-        ids, vocab_size = as_token_ids(token_ids), self._vocab_size
-        if not ids:
-            raise PromptError("the prompt is empty and this model has no token to begin with; give at least one token")
-        for position, token_id in enumerate(ids):
-            if not 0 <= token_id < vocab_size:
-                raise PromptError(
-                    f"token {token_id!r} at position {position} of the prompt is not in 0..{vocab_size - 1}"
-                )
+        ids = checked_ids(token_ids, self._vocab_size)
         self.check_context(len(ids), reserve)
         return ids
 

@@ -23,17 +23,27 @@ def refuse_early(options: LoadOptions) -> None:
     with open_source(planned.path, planned.headers) as checkpoint:
         checkpoint.check(planned.model)
     if options.needs_text:
-        opening = open_beside(planned.tokenizer or planned.path, planned.headers)
+        opening = _open(planned, options)
         wait([opening])
         watch_opening(opening, planned.plan.model, True, lambda count: None)(0)
+
+
+def _open(planned: PlannedModel, options: LoadOptions) -> Future[Tokenizer | None]:
+    """The tokenizer of a planned model, which is being opened, and then asked what the options want of it."""
+
+    def refuses(tokenizer: Tokenizer) -> None:
+        if callable(options.needs_text):
+            options.needs_text(tokenizer, planned)
+
+    return open_beside(planned.tokenizer or planned.path, planned.headers, refuses)
 
 
 def load_beside(planned: PlannedModel, options: LoadOptions) -> tuple[Future[Tokenizer | None], Engine]:
     """A model's tokenizer, which may still be opening, and its engine; raises what either raises."""
     shows, model = options.progress, planned.plan.model
     with memory_named(f"loading {model}"), loading_bar(planned.plan, shows) as bar:
-        opening = open_beside(planned.tokenizer or planned.path, planned.headers)
-        watched = watch_opening(opening, model, options.needs_text, bar.update)
+        opening = _open(planned, options)
+        watched = watch_opening(opening, model, bool(options.needs_text), bar.update)
         watched(0)
         on_compile, on_prepare = (compile_note, prepare_note) if shows else (None, lambda name: None)
         engine = build_engine(

@@ -2,6 +2,7 @@
 compiled, by every command: the kept profile is stale here, so that a command that gets so far measures."""
 
 import itertools
+import json
 import shutil
 
 import pytest
@@ -50,6 +51,17 @@ OTHERS = [
     (["generate", "damaged", "-p", "x"], "model.safetensors"),
     (["generate", "mute", "-p", "x"], "no tokenizer"),
     (["verify", "mute"], "no tokenizer"),
+    (["generate", TINY, "--file", "text", "--context", "64"], "the context of this plan holds 64 including the answer"),
+    (["generate", TINY, "--file", "text", "--chat", "--context", "64"], "holds 64 including the answer"),
+    (["generate", TINY, "--file", "bytes"], "bytes is no UTF-8 text"),
+    (["generate", TINY, "--file", "nowhere"], "cannot read nowhere"),
+    (["generate", TINY, "-p", "x", "-n", "0"], "no number of tokens"),
+    (["generate", TINY, "-p", "x", "--stop", ""], "stop"),
+    (["generate", "base", "-p", "x", "--chat"], "no chat template"),
+    (["chat", "base"], "no chat template"),
+    (["chat", TINY, "--template-var", "messages=1"], "template_variables names messages"),
+    (["generate", "unsure", "-p", "x"], "generation_config.json"),
+    (["chat", "unsure"], "generation_config.json"),
 ]
 
 
@@ -83,6 +95,14 @@ def files(tmp_path):
     shutil.copytree(TINY, tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"\0" * 8)
     shutil.copytree(TINY, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    for name in ("base", "unsure"):
+        shutil.copytree(TINY, tmp_path / name)
+    (tmp_path / "base" / "chat_template.jinja").unlink(missing_ok=True)
+    said = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    said.pop("chat_template", None)
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(said))
+    (tmp_path / "unsure" / "generation_config.json").write_text("[]")
 
 
 def said(command):

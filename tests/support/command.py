@@ -35,6 +35,7 @@ class FakeLLM:
             table=lambda width: "the plan",
             workload=SimpleNamespace(weight_dtype="bf16", kv_dtype="bf16"),
         )
+        self.planned = SimpleNamespace(path=Path(model))
         # Every word is a token, and so is every role.
         self.tokenizer = SimpleNamespace(
             chat_template="{{ enable_thinking }}",

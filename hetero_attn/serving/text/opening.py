@@ -14,15 +14,20 @@ from hetero_attn.serving.text.tokenizer import Tokenizer
 NO_TEXT = "answers have no text, only token ids"
 
 
-def open_beside(path: Path, known: KnownHeaders | None = None) -> Future[Tokenizer | None]:
+def open_beside(
+    path: Path, known: KnownHeaders | None = None, refuses: Callable[[Tokenizer], object] = lambda tokenizer: None
+) -> Future[Tokenizer | None]:
     """Open a model's tokenizer on a thread of its own, because importing transformers, where it needs that, takes a
     second that loading weights takes too; the result is None for a model without one, and raises what `Tokenizer.open`
-    raises. known: GGUF headers that this start has read."""
+    raises. known: GGUF headers that this start has read. refuses: raises for what this tokenizer cannot do."""
     opened: Future[Tokenizer | None] = Future()
 
     def work() -> None:
         try:
-            opened.set_result(Tokenizer.open(path, known=known) if has_tokenizer(path, known) else None)
+            tokenizer = Tokenizer.open(path, known=known) if has_tokenizer(path, known) else None
+            if tokenizer is not None:
+                refuses(tokenizer)
+            opened.set_result(tokenizer)
         except BaseException as error:
             opened.set_exception(error)
 

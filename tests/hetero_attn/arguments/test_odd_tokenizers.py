@@ -64,8 +64,8 @@ def test_a_tokenizer_that_is_needed_is_refused_before_the_weights_are_read(tmp_p
     path = make_checkpoint(tmp_path, "llama", layers=1)
     spoil(path)
 
-    def opened(path, known):
-        wait([opening := open_beside(path, known)])
+    def opened(*arguments):
+        wait([opening := open_beside(*arguments)])
         return opening
 
     monkeypatch.setattr("hetero_attn.serving.loading.open_beside", opened)
@@ -104,3 +104,21 @@ def test_a_token_beyond_the_vocabulary_refuses_only_prompts_that_hold_it(tmp_pat
             assert len(llm.generate(["plain text"], GREEDY)[0].token_ids) == 3
         with pytest.raises(PromptError, match="token 260 at position"):
             llm.generate(["with [PAD]"], GREEDY)
+
+
+def test_a_prompt_that_no_context_holds_is_refused_before_the_weights_are_read(tmp_path, monkeypatch):
+    """Here with a profile that is right: it was told after the weights were loaded."""
+    path = make_checkpoint(tmp_path, "llama", layers=1)
+
+    def opened(*arguments):
+        wait([opening := open_beside(*arguments)])
+        return opening
+
+    monkeypatch.setattr("hetero_attn.serving.loading.open_beside", opened)
+    monkeypatch.setattr("hetero_attn.serving.loading.build_engine", lambda *arguments: pytest.fail("loading has begun"))
+    for more in ([], ["--chat"]):
+        command = ["generate", str(path), "-p", "x " * 300, "--device", "cpu", "--context", "64", *more]
+        result = CliRunner().invoke(app, command)
+
+        assert result.exit_code == PromptError.exit_code
+        assert "the context of this plan holds 64 including the answer" in " ".join(result.stderr.split())
