@@ -13,7 +13,7 @@ from typing import NamedTuple
 from cpu_kernels.formats import GGUF_BY_NAME, SOURCE_TYPES, format_of
 
 RESULTS = Path(__file__).parent / "results"
-ONE_ROW = ("kernels_cpu_zen4_avx512_2threads", "kernels_cpu_zen3_1thread")
+ONE_ROW = ("kernels_cpu_zen4_1thread", "kernels_cpu_zen3_1thread")
 EXACTNESS = "gguf_exactness_smollm2"
 HEADINGS = (
     "weights of",
