@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,14 +14,14 @@ from hetero_attn.cli.option_words import in_option_words
 from hetero_attn.cli.output import speed_line
 from hetero_attn.cli.talk.commands import HELP, command_of, parse_value, run_command
 from hetero_attn.cli.talk.conversation import Conversation
+from hetero_attn.cli.talk.first_words import FirstWords
 from hetero_attn.cli.talk.line_editor import LineSource, line_source, read_message
 from hetero_attn.cli.talk.word_wrap import WordWrap
 from hetero_attn.errors import EngineDeadError, HeteroError
+from hetero_attn.serving.prompts import as_template_variables
 
 if TYPE_CHECKING:
     from hetero_attn import LLM
-    from hetero_attn.planning.settle import PlannedModel
-    from hetero_attn.serving.text.tokenizer import Tokenizer
 
 GREETING = "/help lists the commands; Ctrl-C ends an answer, Ctrl-D leaves"
 
@@ -44,32 +43,12 @@ def chat(
     speculate: options.Speculate = None,
 ) -> None:
     """Talk with a model; Ctrl-C ends an answer, /exit ends the program, /help lists what else there is."""
-    wishes = sampling.wishes()
-    variables = dict(map(template_variable, template_var or ()))
-    refuses = refusing(wishes, variables)
-    with loading.llm(model, seed=seed, needs_text=refuses, speculate=speculate) as llm:
-        refuses(llm.tokenizer, llm.planned)  # where the weights were loaded before the tokenizer was open
+    variables = as_template_variables(dict(map(template_variable, template_var or ())))
+    first = FirstWords(sampling.wishes())
+    with loading.llm(model, seed=seed, needs_text=first, speculate=speculate) as llm:
         note(banner(llm))
-        talk = Conversation(llm, llm.default_params(**wishes), system, variables=variables)
+        talk = Conversation(llm, first.params, system, variables=variables)
         converse(talk, line_source(note, tuple(HELP)))
-
-
-def refusing(wishes: dict[str, Any], variables: dict[str, Any]) -> Callable[[Tokenizer, PlannedModel], None]:
-    """Refuses a model that cannot chat so, while its weights are loaded: `needs_text` of `LLM`. Raises PromptError for
-    variables that no template may have."""
-    from hetero_attn.serving.prompts import as_template_variables
-
-    as_template_variables(variables)
-
-    def refuses(tokenizer: Tokenizer, planned: PlannedModel) -> None:
-        # Imported with the model by now, with the collector at rest.
-        from hetero_attn.serving.defaults import default_params
-        from hetero_attn.serving.text.first_words import expect_template
-
-        expect_template(tokenizer, planned.path)
-        default_params(planned.path, **wishes)
-
-    return refuses
 
 
 def converse(talk: Conversation, source: LineSource) -> None:

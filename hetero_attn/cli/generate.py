@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from hetero_attn.cli import options
 from hetero_attn.cli.errors import INTERRUPTED
 from hetero_attn.cli.output import finished, output_dict, print_json, print_stream, read_text, speed_line
-
-if TYPE_CHECKING:
-    from hetero_attn.planning.settle import PlannedModel
-    from hetero_attn.serving.text.tokenizer import Tokenizer
+from hetero_attn.cli.talk.first_words import FirstWords
 
 
 @options.spread
@@ -40,13 +36,11 @@ def generate(
     text = prompt_text(prompt, file)
     if system is not None and not chat:
         raise typer.BadParameter("--system belongs to a chat template; add --chat")
-    wishes = sampling.wishes(ignore_eos)
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages = [*opening, {"role": "user", "content": text}]
-    refuses = refusing(messages if chat else text, wishes)
-    with loading.llm(model, seed=seed, needs_text=refuses, speculate=speculate) as llm:
-        params = llm.default_params(**wishes)
-        pieces = llm.stream_chat(messages, params) if chat else llm.stream(text, params)
+    first = FirstWords(sampling.wishes(ignore_eos), messages if chat else text)
+    with loading.llm(model, seed=seed, needs_text=first, speculate=speculate) as llm:
+        pieces = llm.stream(first.token_ids, first.params)
         if as_json:
             output = finished(pieces)
             print_json(output_dict(output))
@@ -56,21 +50,6 @@ def generate(
                 typer.echo(speed_line(output.metrics), err=True)
     if output is None or output.finish_reason == "abort":
         raise typer.Exit(INTERRUPTED)
-
-
-def refusing(prompt: str | list[dict[str, str]], wishes: dict[str, Any]) -> Callable[..., None]:
-    """Refuses a prompt or messages that cannot be answered with what the model suggests for the rest of the wishes,
-    while its weights are loaded: `needs_text` of `LLM`."""
-
-    def refuses(tokenizer: Tokenizer, planned: PlannedModel) -> None:
-        # Imported with the model by now, with the collector at rest.
-        from hetero_attn.serving.defaults import default_params
-        from hetero_attn.serving.text.first_words import expect_answerable
-
-        default_params(planned.path, **wishes)
-        expect_answerable(prompt, tokenizer, planned)
-
-    return refuses
 
 
 def prompt_text(prompt: str | None, file: Path | None) -> str:

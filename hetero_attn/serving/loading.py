@@ -1,5 +1,6 @@
 """A model's engine and its tokenizer, loaded side by side with a bar that shows how far they are."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 
 from hetero_attn.checkpoints.sources import open_source
@@ -39,7 +40,8 @@ def _open(planned: PlannedModel, options: LoadOptions) -> Future[Tokenizer | Non
 
 
 def load_beside(planned: PlannedModel, options: LoadOptions) -> tuple[Future[Tokenizer | None], Engine]:
-    """A model's tokenizer, which may still be opening, and its engine; raises what either raises."""
+    """A model's tokenizer and its engine; raises what either raises. Where no text is needed, the tokenizer may still
+    be opening."""
     shows, model = options.progress, planned.plan.model
     with memory_named(f"loading {model}"), loading_bar(planned.plan, shows) as bar:
         opening = _open(planned, options)
@@ -51,4 +53,16 @@ def load_beside(planned: PlannedModel, options: LoadOptions) -> tuple[Future[Tok
         )
         if shows:
             requantised_note(engine.weights.requantised)
+        if options.needs_text:
+            _await_opening(opening, watched, engine)
     return opening, engine
+
+
+def _await_opening(opening: Future[Tokenizer | None], watched: Callable[[int], None], engine: Engine) -> None:
+    """Raise what the opening raises, which may outlast a small model's weights; closes the engine then."""
+    try:
+        wait([opening])
+        watched(0)
+    except BaseException:
+        engine.close()
+        raise

@@ -16,7 +16,7 @@ from hetero_attn.cli.talk import line_editor
 from hetero_attn.cli.talk.line_editor import EditedLines, line_source
 from hetero_attn.cli.talk.word_wrap import WordWrap
 from hetero_attn.errors import PromptError
-from tests.support.command import FakeLLM, contents, run
+from tests.support.command import FakeLLM, FakeTokenizer, contents, run
 
 
 def test_chat_remembers_the_conversation_until_exit(fake: type[FakeLLM]) -> None:
@@ -35,18 +35,12 @@ def test_a_model_without_a_chat_template_is_refused_before_a_question(
     fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every message was answered by the same error, and the exit code was 0."""
-    made = FakeLLM.__init__
-
-    def without(self: FakeLLM, model: str, **options: object) -> None:
-        made(self, model, **options)
-        self.tokenizer.chat_template, self.planned = None, SimpleNamespace(path=Path(model))
-
-    monkeypatch.setattr(FakeLLM, "__init__", without)
+    monkeypatch.setattr(FakeTokenizer, "chat_template", None)
     result = run("chat", "some/model", typed="Hello\n")
 
     assert result.exit_code == PromptError.exit_code
     assert "no chat template" in result.stderr
-    assert fake.made[0].asked == []
+    assert fake.made == []
 
 
 def test_chat_survives_an_interrupted_answer(fake: type[FakeLLM]) -> None:
@@ -147,7 +141,7 @@ def test_chat_commands(fake: type[FakeLLM], tmp_path: Path) -> None:
         ["Hello", "Once upon a time", "/etc/hosts is what?"],
         ["Hello", "Once upon a time", "/etc/hosts is what?", "Once upon a time", "/no_think now"],
     ]
-    assert (llm.asked[0][1].temperature, llm.asked[1][1].temperature) == (1.0, 0.25)
+    assert (llm.asked[0][1].temperature, llm.asked[1][1].temperature) == (0.7, 0.25)
     assert "temperature is 0.25" in result.stderr and "the conversation is forgotten" in result.stderr
     assert llm.variables == {"enable_thinking": False}
     assert "the plan" in result.stderr and "of 1000 tokens" in result.stderr and "did you mean /exit" in result.stderr

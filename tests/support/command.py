@@ -35,14 +35,11 @@ class FakeLLM:
             table=lambda width: "the plan",
             workload=SimpleNamespace(weight_dtype="bf16", kv_dtype="bf16"),
         )
-        self.planned = SimpleNamespace(path=Path(model))
-        # Every word is a token, and so is every role.
-        self.tokenizer = SimpleNamespace(
-            chat_template="{{ enable_thinking }}",
-            encode_chat=lambda messages, template_variables: [
-                0 for m in messages for _ in (m["role"], *m["content"].split())
-            ],
-        )
+        config = SimpleNamespace(bos_token_id=None, vocab_size=1 << 30)
+        self.planned = SimpleNamespace(path=Path(model), config=config, plan=self.plan)
+        self.tokenizer = FakeTokenizer()
+        if callable(needs_text := options.get("needs_text")):
+            needs_text(self.tokenizer, self.planned)
         FakeLLM.made.append(self)
 
     def __enter__(self) -> "FakeLLM":
@@ -55,7 +52,7 @@ class FakeLLM:
         return FakeStream(self._pieces(prompt, params))
 
     def _pieces(self, prompt: str, params: Any) -> Generator[Piece]:
-        self.asked.append((prompt, params))
+        self.asked.append((self.tokenizer.given.get(prompt, prompt) if isinstance(prompt, tuple) else prompt, params))
         for token_id, word in enumerate(WORDS):
             yield Piece(word, (token_id,))
         if not isinstance(self.ending, str):
@@ -69,6 +66,26 @@ class FakeLLM:
     @staticmethod
     def default_params(**given: Any) -> SamplingParams:
         return SamplingParams(**given)
+
+
+class FakeTokenizer:
+    """Every word is a token, and so is every role; `given` has what was encoded by its ids, which no other text has."""
+
+    chat_template = "{{ enable_thinking }}"
+
+    def __init__(self) -> None:
+        self.given: dict[tuple[int, ...], Any] = {}
+
+    def encode(self, text: str) -> list[int]:
+        return self._ids(text, len(text.split()))
+
+    def encode_chat(self, messages: list[dict[str, str]], template_variables: Any = None) -> list[int]:
+        return self._ids(messages, sum(1 + len(m["content"].split()) for m in messages))
+
+    def _ids(self, given: Any, count: int) -> list[int]:
+        ids = [len(self.given)] * count
+        self.given[tuple(ids)] = given
+        return ids
 
 
 class FakeStream(Iterator[Piece]):

@@ -36,12 +36,13 @@ def begun(token_ids: Sequence[int], bos_token_id: int | None) -> Sequence[int]:
     return token_ids if token_ids or bos_token_id is None else [bos_token_id]
 
 
-def expect_answerable(prompt: str | Sequence[dict[str, Any]], tokenizer: Tokenizer, planned: PlannedModel) -> None:
-    """Raise PromptError, as the request for it would, for a prompt or a conversation that the context does not hold
-    with a token of the answer, that the model cannot read, or for which there is no chat template."""
+def answerable(prompt: str | Sequence[dict[str, Any]], tokenizer: Tokenizer, planned: PlannedModel) -> tuple[int, ...]:
+    """Token ids of a prompt or a conversation. Raises PromptError, as the request for it would, where the context does
+    not hold them with a token of the answer, the model cannot read them, or there is no chat template."""
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
     known = checked_ids(begun(ids, planned.config.bos_token_id), planned.config.vocab_size)
     expect_room_for(len(known), 1, planned.plan.max_context)
+    return known
 
 
 def expect_template(tokenizer: Tokenizer, path: Path) -> None:

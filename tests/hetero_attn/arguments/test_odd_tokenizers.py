@@ -8,8 +8,10 @@ from typer.testing import CliRunner
 
 from hetero_attn import LLM
 from hetero_attn.cli import app
+from hetero_attn.engine.build import build_engine
 from hetero_attn.errors import ConfigError, PromptError
 from hetero_attn.serving.text.opening import open_beside, watch_opening
+from hetero_attn.serving.text.tokenizer import Tokenizer
 from tests.support.toy import make_checkpoint
 from tests.support.wishes import GREEDY, OPTIONS
 
@@ -94,6 +96,37 @@ def test_a_tokenizer_that_fails_in_the_middle_of_a_load_ends_it():
         unneeded(4)
     unneeded(5)
     assert placed == [1, 2, 4, 5]
+
+
+def test_a_tokenizer_that_fails_after_the_weights_are_read_is_told_by_the_load(tmp_path, monkeypatch):
+    """The load succeeded, and the first prompt failed."""
+    path = make_checkpoint(tmp_path, "llama", layers=1)
+    opening, built = Future(), []
+
+    def build_and_fail(*arguments):
+        built.append(build_engine(*arguments))
+        monkeypatch.setattr(built[0], "close", lambda close=built[0].close: (close(), built.append("closed")))
+        opening.set_exception(ConfigError("damaged"))
+        return built[0]
+
+    monkeypatch.setattr("hetero_attn.serving.loading.open_beside", lambda *arguments: opening)
+    monkeypatch.setattr("hetero_attn.serving.loading.build_engine", build_and_fail)
+    with pytest.raises(ConfigError, match="damaged"):
+        LLM(path, progress=False, needs_text=True, **OPTIONS)
+
+    assert built[1:] == ["closed"]
+
+
+@pytest.mark.parametrize("more", [[], ["--chat"]], ids=["text", "chat"])
+def test_a_prompt_of_the_command_line_is_encoded_once(tmp_path, monkeypatch, more):
+    path, encoded = make_checkpoint(tmp_path, "llama", layers=1), []
+    for name in ("encode", "encode_chat"):
+        encode = getattr(Tokenizer, name)
+        monkeypatch.setattr(Tokenizer, name, lambda *given, encode=encode: encoded.append(given[1]) or encode(*given))
+    command = ["generate", str(path), "-p", "some words", "-n", "2", "--device", "cpu", "--context", "256", *more]
+
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert encoded == [[{"role": "user", "content": "some words"}] if more else "some words"]
 
 
 def test_a_token_beyond_the_vocabulary_refuses_only_prompts_that_hold_it(tmp_path):
