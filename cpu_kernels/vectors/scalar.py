@@ -126,6 +126,12 @@ def load_acquire(b, address):
     return b.load_atomic(pointer(b, address, I64), "acquire", 8)
 
 
+@emits(types.void, intp)
+def touch(b, address):
+    """Read an int64 and drop it; an ordinary load that nobody uses would be left out."""
+    b.load_atomic(pointer(b, address, I64), "monotonic", 8)
+
+
 @emits(types.void, types.int64, intp)
 def store_release(b, value, address):
     """Atomic int64 store, ordered after all earlier writes and against later atomic loads."""
