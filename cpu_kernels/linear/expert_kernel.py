@@ -17,6 +17,7 @@ from cpu_kernels.linear.panels.places import spread_area
 from cpu_kernels.linear.q_kernel import groups_times_panel
 from cpu_kernels.linear.records import panel_of, row_quantiser
 from cpu_kernels.linear.sizes import RECORD_BYTES, SEGMENT_GROUPS, spread_rows
+from cpu_kernels.small.picks import busy_expert, busy_experts, expert_of
 from cpu_kernels.team.arguments import EXPERT_LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
 from cpu_kernels.vectors.compiler import helper
@@ -26,19 +27,6 @@ from cpu_kernels.vectors.tiles import finish_features, sums_so_far
 from cpu_kernels.vectors.vector import load_f32_tail, store_f32_tail
 
 LEAST_PIECES = 32  # of a thread's share, where an expert has more rows than a panel
-
-
-@helper
-def expert_of(starts, first, count, place):
-    """The expert of [first, first + count) whose picks hold `place`, which lies in theirs."""
-    low, high = first, first + count
-    while high - low > 1:
-        middle = (low + high) // 2
-        if load_i32(starts + 4 * middle) <= place:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 @helper
@@ -53,29 +41,10 @@ def source_row(arguments, place):
 
 
 @helper
-def busy_experts(starts, first, count):
-    """How many experts have picks, and the most picks of one."""
-    busy, largest = 0, 0
-    for e in range(first, first + count):
-        picks = load_i32(starts + 4 * e + 4) - load_i32(starts + 4 * e)
-        busy += 1 if picks else 0
-        largest = most(largest, picks)
-    return busy, largest
-
-
-@helper
 def fair_range(blocks, work, largest, threads):
     """At most so many blocks that a range of the expert with most picks, which may be handed out last, is a small piece
     of a thread's share; work: picks times blocks of all experts."""
     return max(1, min(blocks, work // (LEAST_PIECES * threads * largest)))
-
-
-@helper
-def next_busy(starts, e):
-    """The first expert from e on that has picks; there is one."""
-    while load_i32(starts + 4 * e + 4) == load_i32(starts + 4 * e):
-        e += 1
-    return e
 
 
 @helper
@@ -108,10 +77,8 @@ def shared_ranges(multiply):
         before, e = 0, first  # experts with picks before e; ranges come in order
         start, stop = take_range(arguments, 1, total, smallest, parts)
         while start < stop:
-            e = next_busy(starts, e)
-            while (before + 1) * num_blocks <= start:
-                e = next_busy(starts, e + 1)
-                before += 1
+            e = busy_expert(starts, e, start // num_blocks - before)
+            before = start // num_blocks
             place = load_i32(starts + 4 * e)
             picks = load_i32(starts + 4 * e + 4) - place
             last = least(stop, (before + 1) * num_blocks)

@@ -12,6 +12,7 @@ import numpy as np
 from numba import types
 
 from cpu_kernels.small.elementwise_sizes import SILU_UNITS
+from cpu_kernels.small.picks import busy_expert, busy_experts
 from cpu_kernels.small.route_sizes import COMBINE_FEATURES
 from cpu_kernels.team.arguments import CLAMPED, EXPERT_BIAS, SIGMOID_MUL, SINKS
 from cpu_kernels.team.chunks import parameter, real_parameter, take
@@ -45,22 +46,26 @@ def clamped_silu_mul():
 
 
 def add_expert_bias():
-    """Kernel; a chunk is some features of all places of an expert."""
+    """Kernel; a chunk is some features of all places of an expert that has picks."""
 
     def kernel(arguments, thread):
         bias, bias_stride = parameter(arguments, EXPERT_BIAS.bias), parameter(arguments, EXPERT_BIAS.bias_row)
         first, count = parameter(arguments, EXPERT_BIAS.first), parameter(arguments, EXPERT_BIAS.count)
-        starts = parameter(arguments, EXPERT_BIAS.starts) + 4 * first
+        starts = parameter(arguments, EXPERT_BIAS.starts)
         out, out_stride = parameter(arguments, EXPERT_BIAS.out), parameter(arguments, EXPERT_BIAS.out_row)
         features = parameter(arguments, EXPERT_BIAS.features)
         parts = (features + COMBINE_FEATURES - 1) // COMBINE_FEATURES
+        chunks = busy_experts(starts, first, count)[0] * parts
+        before, e = 0, first  # experts with picks before e; chunks come in order
         chunk = take(arguments, 0)
-        while chunk < count * parts:
-            expert, start = chunk // parts, chunk % parts * COMBINE_FEATURES
-            for place in range(load_i32(starts + 4 * expert), load_i32(starts + 4 * expert + 4)):
+        while chunk < chunks:
+            e = busy_expert(starts, e, chunk // parts - before)
+            before = chunk // parts
+            start, added_at = chunk % parts * COMBINE_FEATURES, bias + (e - first) * bias_stride
+            for place in range(load_i32(starts + 4 * e), load_i32(starts + 4 * e + 4)):
                 for i in range(start, least(features, start + COMBINE_FEATURES), 16):
                     at, left = out + place * out_stride + 4 * i, features - i
-                    added = load_f32_tail(bias + expert * bias_stride + 4 * i, left)
+                    added = load_f32_tail(added_at + 4 * i, left)
                     store_f32_tail(add(load_f32_tail(at, left), added), at, left)
             chunk = take(arguments, 0)
 
