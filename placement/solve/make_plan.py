@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 
 from placement.cost.model import predict
 from placement.cost.objective import objective_s, reference_batch, reference_calls, reference_context, reference_prompt
@@ -17,7 +18,7 @@ from placement.solve.pairing import block_apart, is_paired, paired_workload
 from placement.solve.problem import Candidate, Problem, fastest_first, fixed_candidate
 from placement.solve.refusals import BudgetError, budget_error, refusal
 from placement.solve.request import PlanRequest, requested
-from placement.solve.search import candidates, least_bytes
+from placement.solve.search import candidates, candidates_of_gpu_alone, least_bytes
 from placement.solve.whole_units import complete
 
 
@@ -114,19 +115,9 @@ def _candidates(problems: Sequence[Problem], on_gpu: bool) -> list[Candidate]:
 
 
 def _within_host_budgets(problems: Sequence[Problem]) -> list[Candidate]:
-    """What is found without budgets of host memory, where it keeps them: programs that know them leave room for what
-    whole units may lose, and so miss placements that need none of it."""
-    limited = {
-        id(p.workload): p.budgets
-        for p in problems
-        if (p.budgets.pinned, p.budgets.host) != (None, None) and _may_hold_weights(p)
-    }
-    free = [replace(p, budgets=Budgets(p.budgets.gpu)) for p in problems if id(p.workload) in limited]
-    found = (
-        replace(each, problem=replace(each.problem, budgets=limited[id(each.problem.workload)]))
-        for each in candidates(free)
-    )
-    return [each for each in found if each.fits]
+    """What is found without budgets of host memory, where it keeps them."""
+    limited = [p for p in problems if (p.budgets.pinned, p.budgets.host) != (None, None) and _may_hold_weights(p)]
+    return [each for each in candidates_of_gpu_alone(limited) if each.fits]
 
 
 def _may_hold_weights(problem: Problem) -> bool:
@@ -221,6 +212,6 @@ def _explain_failure(requests: Sequence[PlanRequest]) -> BudgetError | PolicyErr
     """
     request = requests[-1] if requests[0].policy.shape == "paired" else requests[0]
     problem = problem_of(request)
-    if is_paired(request.workload) and least_bytes(problem, "gpu", Budgets(float("inf"))) is None:
+    if is_paired(request.workload) and least_bytes(problem, "gpu", Budgets(inf)) is None:
         return PolicyError([_apart(request.policy, "the linears of a block")])
     return refusal(request, problem, [problem_of(each) for each in requests])

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from math import inf
 
 from placement.plan.units import format_bytes
-from placement.program.program import INFINITY
 from placement.solve.decisions import Budgets
 from placement.solve.problem import Candidate, Problem
 from placement.solve.request import PlanRequest
-from placement.solve.search import candidates, least_bytes
+from placement.solve.search import candidates_of_gpu_alone, least_bytes
 
 MOST_IN_KIB = 2**26  # a budget from here on is rounded up to MiB, which is less than 2 % of it
 LEAST_MEANT = 2**16  # a smaller budget is a number that lacks its unit
@@ -37,10 +37,10 @@ def refusal(request: PlanRequest, problem: Problem, problems: Sequence[Problem])
 
     @cache
     def found(gpu_bytes: float) -> list[Candidate]:
-        return candidates([replace(each, budgets=Budgets(gpu_bytes)) for each in problems])
+        return candidates_of_gpu_alone(problems, gpu_bytes)
 
     gpu = problem.budgets.gpu
-    trials = (("gpu", Budgets(INFINITY)), ("host", Budgets(gpu)), ("pinned", Budgets(gpu, pinned=INFINITY)))
+    trials = (("gpu", Budgets(inf)), ("host", Budgets(gpu)), ("pinned", Budgets(gpu, pinned=inf)))
     for place, budgets in trials:
         limit, fixed = request.limits[place], request.fixed_bytes[place]
         alone = None if limit is None else _least(problem, found, place, budgets)
@@ -54,7 +54,7 @@ def refusal(request: PlanRequest, problem: Problem, problems: Sequence[Problem])
 
 def _lifted(budgets: Budgets, place: str) -> Budgets:
     """The budgets without that of a place."""
-    return replace(budgets, **{place: INFINITY})
+    return replace(budgets, **{place: inf})
 
 
 def _least(problem: Problem, found: Found, place: str, budgets: Budgets) -> int | None:

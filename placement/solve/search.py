@@ -6,11 +6,11 @@ Every candidate is judged by the cost model itself, so the prediction that a pla
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
+from math import inf
 from typing import NamedTuple
 
 from placement.cost.objective import judged_s, reference_batch, reference_context
 from placement.plan.workload import round_up
-from placement.program.program import INFINITY
 from placement.solve.decisions import Budgets
 from placement.solve.formulation import formulation
 from placement.solve.problem import Candidate, Problem, fastest_first, known_placements
@@ -42,7 +42,7 @@ def candidates(problems: Sequence[Problem]) -> list[Candidate]:
     """
     fitting = list(_known(problems))
     too_large: list[Candidate] = []
-    best_s = min((candidate.judged_s for candidate in fitting), default=float("inf"))
+    best_s = min((candidate.judged_s for candidate in fitting), default=inf)
     programs = _programs(problems)
     # Everything in GPU memory is among those known already; whatever else a program finds is judged as such.
     while programs and programs[0].least_s < (most_s := best_s / judged_s(1 - PROGRAM_NOISE, False)):
@@ -67,6 +67,20 @@ def candidates(problems: Sequence[Problem]) -> list[Candidate]:
         slotted = [other for each in at_home if (other := in_expert_slots(each, share)) is not None]
         fitting += [*slotted, *map(with_whole_streams, fastest_first(slotted)[:1])]
     return fastest_first(fitting or too_large)
+
+
+def candidates_of_gpu_alone(problems: Sequence[Problem], gpu_bytes: float | None = None) -> list[Candidate]:
+    """What is found without budgets of host memory, as answers to the problems, whose budgets they may not keep:
+    programs that know those leave room for what whole units may lose, and so miss placements that need none of it.
+
+    gpu_bytes: the budget of GPU memory, None for that of each problem.
+    """
+    own = {id(problem.workload): problem.budgets for problem in problems}
+    free = [replace(each, budgets=Budgets(each.budgets.gpu if gpu_bytes is None else gpu_bytes)) for each in problems]
+    return [
+        replace(each, problem=replace(each.problem, budgets=own[id(each.problem.workload)]))
+        for each in candidates(free)
+    ]
 
 
 def _known(problems: Sequence[Problem]) -> Iterator[Candidate]:
@@ -145,13 +159,13 @@ def _programs(problems: Sequence[Problem]) -> list[_Program]:
         known = bounds.setdefault(passes, []) if passes else []
         for place, (variant, tokens) in enumerate(_variants(problem)):
             if place == len(known) and _is_far_behind(first, place):
-                known.append((None, INFINITY))
+                known.append((None, inf))
             is_own = place == len(known) or gpu > known[place][1]
             if is_own:
                 known[place:] = [(_least_s(variant, tokens), gpu)]
             least_s = known[place][0]
             if passes:
-                first.setdefault(place, INFINITY if least_s is None else least_s)
+                first.setdefault(place, inf if least_s is None else least_s)
             if least_s is not None:
                 found.append(_Program(least_s + variant.once_s, len(found), variant, tokens, is_own))
     heapify(found)
@@ -160,7 +174,7 @@ def _programs(problems: Sequence[Problem]) -> list[_Program]:
 
 def _is_far_behind(bounds: Mapping[int, float], place: int) -> bool:
     """Whether a program's bound is known and lies far above the least of these."""
-    return place in bounds and INFINITY > bounds[place] > FAR_BEHIND * min(bounds.values())
+    return place in bounds and inf > bounds[place] > FAR_BEHIND * min(bounds.values())
 
 
 def _least_s(problem: Problem, tokens: int | None) -> float | None:
