@@ -6,6 +6,7 @@ them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from cpu_kernels.formats import widest
 from placement.machine.hardware import HardwareProfile
@@ -183,7 +184,7 @@ def linear_cost(
     read = min(cpu, shard.touched(rows, together) * shard.unit_bytes / hardware.cpu_linear_bytes_per_s.of(dtype))
     rounding_s = shard.in_features * activation_s
     if not on_gpu:
-        return LinearCost(cpu, float("inf"), 0.0, call_s + rounding_s, read)
+        return LinearCost(cpu, inf, 0.0, call_s + rounding_s, read)
     back = rows * shard.unit_features * BYTES_PER_ACTIVATION / hardware.h2d_bytes_per_s
     return LinearCost(
         cpu + back,

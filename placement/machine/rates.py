@@ -245,8 +245,8 @@ def number(value: Any, kind: Any, where: str) -> int | float:
     except (TypeError, ValueError):
         raise ValueError(f"{where} must be a number, got {value!r:.80}") from None
     except OverflowError:
-        read = float("inf")
-    if isinstance(value, bool) or not 0 <= read < float("inf"):
+        read = math.inf
+    if isinstance(value, bool) or not 0 <= read < math.inf:
         raise ValueError(f"{where} must be a finite number >= 0, got {value!r:.80}")
     return kind(read)
 

@@ -1,6 +1,7 @@
 """The predicted cost of a phase: its time, and which resource decides it."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 RESOURCES = ("steps", "cpu", "pcie", "dram", "gpu")
@@ -62,7 +63,7 @@ class PhaseCost:
     @property
     def tokens_per_s(self) -> float:
         """Rows per second."""
-        return self.rows / self.seconds if self.seconds > 0 else float("inf")
+        return self.rows / self.seconds if self.seconds > 0 else inf
 
     @property
     def busiest_s(self) -> float:

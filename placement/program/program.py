@@ -4,10 +4,10 @@ scipy is imported only when a program is solved: importing it takes over a secon
 """
 
 from dataclasses import dataclass, field
+from math import inf
 
 from placement.program.native_output import without_native_output
 
-INFINITY = float("inf")
 # A node limit and not a time limit: the same program gives the same answer on a slow machine.
 NODE_LIMIT = 300
 RELATIVE_GAP = 1e-4
@@ -23,7 +23,7 @@ class Program:
     integer: list[bool] = field(default_factory=list)
     rows: list[tuple[dict[int, float], float, float]] = field(default_factory=list)
 
-    def variable(self, lower: float = 0.0, upper: float = INFINITY, *, integer: bool = False, cost: float = 0.0) -> int:
+    def variable(self, lower: float = 0.0, upper: float = inf, *, integer: bool = False, cost: float = 0.0) -> int:
         """Add a variable and return its index."""
         self.costs.append(cost)
         self.lower.append(lower)
@@ -37,11 +37,11 @@ class Program:
 
     def at_least(self, terms: dict[int, float], bound: float) -> None:
         """Require sum(terms) >= bound."""
-        self.rows.append((terms, bound, INFINITY))
+        self.rows.append((terms, bound, inf))
 
     def at_most(self, terms: dict[int, float], bound: float) -> None:
         """Require sum(terms) <= bound."""
-        self.rows.append((terms, -INFINITY, bound))
+        self.rows.append((terms, -inf, bound))
 
     def equal(self, terms: dict[int, float], value: float) -> None:
         """Require sum(terms) == value."""

@@ -5,9 +5,9 @@ placement.solve.pass_time. Large models are nearly pure linear programs.
 """
 
 from collections.abc import Sequence
+from math import inf
 
 from placement.cost.terms import WeightedCall
-from placement.program.program import INFINITY
 from placement.solve.decisions import Budgets, Homes, Totals
 from placement.solve.pass_time import TIE_BREAK, PassTime
 from placement.solve.problem import Problem
@@ -35,10 +35,10 @@ class Formulation:
         self._prefer_affinity(unknowns.calls[0])
         self._limit_memory()
 
-    def solve(self, most_s: float = INFINITY) -> Totals | None:
+    def solve(self, most_s: float = inf) -> Totals | None:
         """The best placement, or None when the budgets allow none that takes `most_s` seconds at most."""
         unknowns, program = self._unknowns, self._unknowns.program
-        if most_s < INFINITY:
+        if most_s < inf:
             costs = {variable: cost for variable, cost in enumerate(program.costs) if cost}
             program.at_most(costs, most_s * unknowns.time_scale)
         values = program.solve()

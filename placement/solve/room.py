@@ -6,10 +6,10 @@ a unit of a paired block is a share of both of its linears.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import inf
 from typing import NamedTuple
 
 from placement.plan.memory import LinearPlacement
-from placement.program.program import INFINITY
 from placement.solve.classes import LayerClass
 from placement.solve.pairing import pairs
 from placement.solve.problem import Candidate
@@ -29,7 +29,7 @@ class _Block(NamedTuple):
 
 def with_room_used(candidate: Candidate) -> Candidate:
     """The candidate with more of its linears in GPU memory, as far as there is room and each step makes it faster."""
-    if candidate.spread is None or candidate.problem.budgets.gpu == INFINITY:
+    if candidate.spread is None or candidate.problem.budgets.gpu == inf:
         return candidate
     while True:
         steps = [step for step in map(_within_budget, _steps(candidate)) if step.fits]

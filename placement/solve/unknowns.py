@@ -9,11 +9,12 @@ order of 10000, far above the solver's tolerances.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from placement.cost.terms import WeightedCall, cpu_linear_s_per_unit
 from placement.plan.memory import LinearPlacement, expert_slot_bytes, kv_spilled_tokens, staging_piece_units
 from placement.plan.workload import NUM_ROW_TIERS, row_tier
-from placement.program.program import INFINITY, Program, add
+from placement.program.program import Program, add
 from placement.solve.classes import MANY_UNITS, KvClass, LinearClass
 from placement.solve.decisions import Budgets, Homes, gpu_tokens_of
 from placement.solve.pairing import pairs
@@ -98,7 +99,7 @@ class Unknowns:
 
     def _staging_slot(self) -> int:
         fixed = None if self.homes is None else self.homes.staging_slot_bytes / self.bytes_scale
-        staging_slot = self.program.variable(0 if fixed is None else fixed, INFINITY if fixed is None else fixed)
+        staging_slot = self.program.variable(0 if fixed is None else fixed, inf if fixed is None else fixed)
         self.memory["gpu"][staging_slot] = float(self.staging_slots)
         return staging_slot
 

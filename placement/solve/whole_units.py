@@ -8,6 +8,7 @@ in DRAM. Prompts read nearly all of them, and gain nothing: the cost model decid
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from math import inf
 
 from placement.cost.objective import tier_call
 from placement.cost.terms import linear_cost
@@ -110,7 +111,7 @@ def free_tokens(candidate: Candidate) -> int:
         if not bound.gpu_tokens
     )
     room = problem.budgets.gpu - candidate.used_bytes["gpu"]
-    if not token_bytes or room == float("inf"):
+    if not token_bytes or room == inf:
         return 0
     return int(room // token_bytes) // workload.page_size * workload.page_size
 
@@ -157,7 +158,7 @@ def complete(candidate: Candidate) -> Candidate:
     for tier in range(NUM_ROW_TIERS):
         if any((*key, tier) not in settled for key in spread.homes):
             solved = formulation(
-                problem, [tier_call(problem.workload, tier)], candidate.gpu_tokens, homes, Budgets(float("inf"))
+                problem, [tier_call(problem.workload, tier)], candidate.gpu_tokens, homes, Budgets(inf)
             ).solve()
             assert solved is not None, f"no cut for tier {tier} with the homes of {candidate.label}"
             settled = streams(problem.classes, spread.homes, solved, candidate.concentrated) | settled
@@ -210,7 +211,7 @@ def with_whole_streams(candidate: Candidate) -> Candidate:
     wanted = [*range(0, len(at), step), len(at)]
     while step:
         tried |= {count: _streaming(candidate, at[:count], at[count:], tiers) for count in wanted}
-        best = min(tried, key=lambda count: tried[count].judged_s if tried[count].fits else float("inf"))
+        best = min(tried, key=lambda count: tried[count].judged_s if tried[count].fits else inf)
         step //= 2
         wanted = [count for count in (best - step, best + step) if 0 <= count <= len(at) and count not in tried]
     return fastest_first([candidate, *(each for each in tried.values() if each.fits)])[0]
@@ -245,7 +246,7 @@ def _exchanged(candidate: Candidate, at: Sequence[int], share: float) -> tuple[L
     given = sum((linears[i].gpu_units - homes[i]) * workload.linears[i].unit_bytes for i in at)
     left = budget - candidate.used_bytes["gpu"]
     tables = sum(8 * linears[i].units for i in at)
-    size_bytes = given + (0 if left == float("inf") else int(left)) - tables
+    size_bytes = given + (0 if left == inf else int(left)) - tables
     placed = list(linears)
     for i in at:
         placed[i] = with_expert_slots(linears[i], homes[i], 0)
