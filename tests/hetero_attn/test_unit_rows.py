@@ -3,15 +3,21 @@ are read while some are packed."""
 
 import threading
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cpu_kernels import CpuKernels
 from cpu_kernels.formats import SOURCE_TYPES
-from hetero_attn.checkpoints.loading.unit_rows import READERS, UnitRows
+from hetero_attn.checkpoints.loading.unit_rows import READERS, Filling, UnitRows
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.weights import LinearSpec, Part
+
+
+def alone(spec, home=None, first_unit=0):
+    """A linear to be read."""
+    return Filling(spec, home, first_unit, place=None)
 
 
 class Codes:
@@ -44,10 +50,10 @@ def test_codes_of_few_inputs_are_wider_than_their_numbers(kind):
     spec = LinearSpec("layers.0.o", "o", 0, 32, (Part("w", 16, 48, item.format),), False)
     source = Codes(kind, 48, item.block_bytes)
 
-    runs = list(UnitRows(source, (spec,), CpuKernels(1)).runs(spec))
+    runs = list(UnitRows(source, (spec,), CpuKernels(1)).runs([alone(spec)]))
 
-    assert [(start, stop) for start, stop, _ in runs] == [(0, 3)]
-    assert torch.equal(runs[0][2][0], source.data)
+    assert [(start, stop) for _, start, stop, _ in runs] == [(0, 3)]
+    assert torch.equal(runs[0][3][0], source.data)
 
 
 class Plain(Codes):
@@ -80,7 +86,8 @@ def test_numbers_held_as_they_are_are_read_straight_into_their_home(dtype, first
     home = torch.zeros(2 * (spec.units - first_unit), 16 * 32 * 2, dtype=torch.uint8)
     expected = torch.cat([source.tensors[name].view(3, 16, 32) for name in "ab"], 1)
 
-    for start, stop, (rows,) in UnitRows(source, (spec,), CpuKernels(1)).runs(spec, home, first_unit):
+    filling = alone(spec, home, first_unit)
+    for _, start, stop, (rows,) in UnitRows(source, (spec,), CpuKernels(1)).runs([filling]):
         lies_at_home = rows.data_ptr() == home.data_ptr() + 64 * 32 * (start - first_unit)
 
         assert torch.equal(rows.view(-1, 32, 32), expected[start:stop])
@@ -116,7 +123,7 @@ def watched_runs(damaged_from, monkeypatch):
 def test_the_next_runs_are_read_while_one_is_packed_and_leave_it_alone(monkeypatch):
     source, reader, spec = watched_runs(192, monkeypatch)
     with closing(reader):
-        for start, _, (rows,) in reader.runs(spec):
+        for _, start, _, (rows,) in reader.runs([alone(spec)]):
             ahead = set(range(min(12, start + 1 + READERS)))
             with source.changed:
                 assert source.changed.wait_for(lambda wanted=ahead: wanted <= source.begun, 30), (start, source.begun)
@@ -124,11 +131,26 @@ def test_the_next_runs_are_read_while_one_is_packed_and_leave_it_alone(monkeypat
             assert torch.equal(rows, source.tensors["a"][16 * start : 16 * (start + 1)])
 
 
+def test_the_next_linear_is_read_while_the_last_run_of_one_is_packed(monkeypatch):
+    """The disk stood still at the end of each linear: a third of a small model's runs were read while nothing else was
+    done."""
+    source, reader, spec = watched_runs(192, monkeypatch)
+    first, second = (replace(spec, parts=(replace(spec.parts[0], rows=rows),)) for rows in (16, 192))
+    with closing(reader):
+        runs = reader.runs(map(alone, (first, second)))
+        filling, start, stop, _ = next(runs)
+
+        assert (filling.spec, start, stop) == (first, 0, 1)
+        with source.changed:
+            assert source.changed.wait_for(lambda: source.begun == set(range(READERS)), 30), source.begun
+        assert [(filling.spec, start) for filling, start, _, _ in runs] == [(second, at) for at in range(12)]
+
+
 def test_a_read_that_fails_is_raised_when_its_run_comes_and_no_thread_is_left(monkeypatch):
     source, reader, spec = watched_runs(16 * 5, monkeypatch)
     seen, before = [], set(threading.enumerate())
     with closing(reader), pytest.raises(CheckpointError, match="row 80"):
-        for start, _, _ in reader.runs(spec):
+        for _, start, _, _ in reader.runs([alone(spec)]):
             seen.append(start)
 
     assert seen == [0, 1, 2, 3, 4]

@@ -1,20 +1,23 @@
 """Weights from the file straight into their homes.
 
-A linear is read unit by unit: a run of units is gathered from its tensors' rows, packed, and lands in host memory or,
-by way of one small buffer, in GPU memory. Nothing larger than a run is ever held twice. A tensor with a NaN or an
-infinity is named and refused before anything is computed with it.
+First every linear gets its memory, which nothing is written to yet, then all are filled, one behind the other, so that
+the disk never waits for the end of one. A linear is read unit by unit: a run of units is gathered from its tensors'
+rows, packed, and lands in host memory or, by way of one small buffer, in GPU memory. Nothing larger than a run is ever
+held twice. A tensor with a NaN or an infinity is named and refused before anything is computed with it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from itertools import chain
 
 import torch
 
 from cpu_kernels.formats import unit_bytes
 from hetero_attn.checkpoints.loading.embedding import Embedding
+from hetero_attn.checkpoints.loading.homes import ColumnCut, RowCut, Uncut
 from hetero_attn.checkpoints.loading.landing import Landing
 from hetero_attn.checkpoints.loading.numbers import Numbers
-from hetero_attn.checkpoints.loading.unit_rows import UnitRows
+from hetero_attn.checkpoints.loading.unit_rows import Filling, UnitRows
 from hetero_attn.checkpoints.sources import WeightSource
 from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.lanes import Lanes
@@ -60,6 +63,8 @@ class Loader:
             shard.name: (shard.row_cut, placement)
             for shard, placement in zip(plan.workload.linears, plan.linears, strict=True)
         }
+        self._fillings: list[Iterable[Filling]] = []  # of the linears that have memory
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (to, from), once all are filled
 
     def load(self) -> ModelWeights:
         """Read everything; raises CheckpointError naming the tensor that is not finite."""
@@ -69,15 +74,25 @@ class Loader:
     def _load(self, model: ModelSpec) -> ModelWeights:
         ropes = {rope: self._rope(rope) for rope in model.ropes}
         head = self._block(model.head, ropes)
+        layers = tuple(tuple(self._block(block, ropes) for block in layer) for layer in model.layers)
+        fusion = None if model.fusion is None else self._block(model.fusion, ropes)
+        self._fill()
         return ModelWeights(
             spec=model,
-            layers=tuple(tuple(self._block(block, ropes) for block in layer) for layer in model.layers),
+            layers=layers,
             head=head,
             embed=self._embed(model, head.linears["head"]),
             embed_format=self._formats.embed,
-            fusion=None if model.fusion is None else self._block(model.fusion, ropes),
+            fusion=fusion,
             requantised=self._landing.comparison.result(),
         )
+
+    def _fill(self) -> None:
+        """Read and place the rows of all linears, in the order in which they got their memory."""
+        for filling, start, stop, rows in self._unit_rows.runs(chain.from_iterable(self._fillings)):
+            filling.place(start, stop, rows)
+        for to, of in self._copies:
+            self._lanes.copy(to, of)
 
     def _rope(self, rope: RopeConfig) -> tuple[Activation, Activation]:
         cos, sin = rope_tables(self._config, self._plan.max_context, rope=rope)
@@ -107,13 +122,7 @@ class Loader:
         gpu = None
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((blocks, gpu_bytes), torch.uint8, "weights")
-        for start, stop, (rows,) in self._unit_rows.runs(spec):
-            run = slice(start * spec.unit_rows, stop * spec.unit_rows)
-            split = home * rows.shape[1] // spec.in_features  # of bytes, where rows are the file's
-            if home:
-                self._landing.place(spec, [rows[:, :split]], home, gpu[run], on_device=True)
-            if home < spec.in_features:
-                self._landing.place(spec, [rows[:, split:]], spec.in_features - home, dram[run], on_device=False)
+        self._fillings.append([Filling(spec, None, 0, RowCut(self._landing, spec, gpu, dram, home).place)])
         piece_bytes = self._piece_units(spec) * spec.unit_bytes
         return LinearWeights(
             spec=spec,
@@ -134,18 +143,9 @@ class Loader:
         gpu = None
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((home_blocks, row_bytes), torch.uint8, "weights")
-        for start, stop, runs in self._unit_rows.runs(spec, dram, in_dram):
-            for first, last, target, offset in (
-                (start, min(stop, in_dram), gpu, 0),
-                (max(start, in_dram), stop, dram, in_dram),
-            ):
-                if first < last:
-                    parts = [rows.view(stop - start, -1, rows.shape[1])[first - start : last - start] for rows in runs]
-                    blocks = slice((first - offset) * spec.unit_rows, (last - offset) * spec.unit_rows)
-                    rows = [part.flatten(0, 1) for part in parts]
-                    self._landing.place(spec, rows, spec.in_features, target[blocks], on_device=target is gpu)
+        self._fillings.append([Filling(spec, dram, in_dram, ColumnCut(self._landing, spec, gpu, dram, in_dram).place)])
         if in_dram < placement.gpu_units:
-            self._lanes.copy(gpu, dram[:home_blocks])
+            self._copies.append((gpu, dram[:home_blocks]))
         return LinearWeights(
             spec=spec,
             placement=placement,
@@ -164,13 +164,14 @@ class Loader:
         dram, gpu = self._landing.host_memory((spec.experts - in_dram, spec.unit_bytes), may_stream), None
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((placement.gpu_units, spec.unit_bytes), torch.uint8, "weights")
-        for index in range(spec.experts):
-            if index >= in_dram:
-                self._expert(spec, index, dram[index - in_dram], on_device=False)
-            if index < min(in_dram, placement.gpu_units):
-                self._expert(spec, index, gpu[index], on_device=True)
+        apart = 0 if gpu is None else min(in_dram, placement.gpu_units)
+        homes = chain(
+            ((index, gpu[index], True) for index in range(apart)),
+            ((index, dram[index - in_dram], False) for index in range(in_dram, spec.experts)),
+        )
+        self._fillings.append(chain.from_iterable(self._expert(spec, *home) for home in homes))
         if in_dram < placement.gpu_units:
-            self._lanes.copy(gpu, dram[: placement.gpu_units])
+            self._copies.append((gpu, dram[: placement.gpu_units]))
         return LinearWeights(
             spec=spec,
             placement=placement,
@@ -181,14 +182,13 @@ class Loader:
             first_dram_unit=in_dram,
         )
 
-    def _expert(self, spec: ExpertsSpec, index: int, target: torch.Tensor, on_device: bool) -> None:
-        """Read, pack and place one expert; target: uint8 [unit_bytes]."""
+    def _expert(self, spec: ExpertsSpec, index: int, target: torch.Tensor, on_device: bool) -> Iterator[Filling]:
+        """Of one expert; target: uint8 [unit_bytes]."""
         parts = target[: spec.gate_up_bytes], target[spec.gate_up_bytes :]
         for linear, part in zip(spec.expert(index), parts, strict=True):
             blocks = part.view(linear.units * linear.unit_rows, -1)
-            for start, stop, rows in self._unit_rows.runs(linear, None if on_device else blocks):
-                run = blocks[start * linear.unit_rows : stop * linear.unit_rows]
-                self._landing.place(linear, rows, linear.in_features, run, on_device)
+            home = Uncut(self._landing, linear, blocks, on_device)
+            yield Filling(linear, None if on_device else blocks, 0, home.place)
 
     def _matrix(self, matrix: Matrix) -> Activation:
         values = torch.zeros((matrix.padded_rows, matrix.features), dtype=torch.float32, device="cpu")

@@ -7,8 +7,10 @@ then held up to half of the packed weights beside them as holes in its heap.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -34,11 +36,35 @@ class Buffers(NamedTuple):
     part: torch.Tensor
 
 
+class Filling(NamedTuple):
+    """A linear to be read.
+
+    home: the blocks of its units from `first_unit` on, in host memory. Numbers that are held as they are in the file
+    are read straight into it: they lie where packing them would bring them. None: they lie elsewhere.
+    place(start, stop, rows): what is to be done with each run of its units.
+    """
+
+    spec: LinearSpec
+    home: torch.Tensor | None
+    first_unit: int
+    place: Callable[[int, int, list[torch.Tensor]], None]
+
+
+class Run(NamedTuple):
+    """Units [start, stop) of a linear to be read; by_caller: no other thread can, as kernels are called for it."""
+
+    filling: Filling
+    start: int
+    stop: int
+    by_caller: bool
+
+
 class UnitRows:
     """Reads runs of units of `linears`; what a run returns is overwritten READERS + 1 runs later.
 
-    While a run is packed, threads read the next ones of its linear. The kernels are called by one thread only, so codes
-    that are made into numbers are read by the caller. Close it before the source, and before what it reads into.
+    While a run is packed, threads read the next ones, also of the next linears. The kernels are called by one thread
+    only, so codes that are made into numbers are read by the caller. Close it before the source, and before what it
+    reads into.
     """
 
     def __init__(self, source: WeightSource, linears: tuple[LinearSpec, ...], ops: CpuKernels) -> None:
@@ -72,46 +98,50 @@ class UnitRows:
             total += _padded_rows(parts) * row_bytes
         return total
 
-    def runs(
-        self, spec: LinearSpec, home: torch.Tensor | None = None, first_unit: int = 0
-    ) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
-        """Runs of units [start, stop) with the rows of every run of parts of one format (`LinearSpec.runs`).
+    def runs(self, fillings: Iterable[Filling]) -> Iterator[tuple[Filling, int, int, list[torch.Tensor]]]:
+        """Of each linear runs of units [start, stop) with the rows of every run of parts of one format
+        (`LinearSpec.runs`).
 
         Rows are [(stop - start) * features of these parts, in_features] of numbers, or uint8 [.., bytes of a row in the
         file] of codes, padded with zeros to whole blocks a unit.
 
-        home: the blocks of the units from `first_unit` on in host memory. Numbers that are held as they are in the file
-        are read straight into it: they lie where packing them would bring them.
-
         Raises:
             CheckpointError: the file cannot be read, or holds a scale that is not finite.
         """
-        step = max(1, RUN_BYTES // self._unit_bytes(spec))
-        spans = [(start, min(start + step, spec.column_units)) for start in range(0, spec.column_units, step)]
+        ahead: deque[tuple[Run, Callable[[], list[torch.Tensor]]]] = deque()
+        for index, run in enumerate(chain.from_iterable(map(self._split, fillings))):
+            ahead.append((run, self._begun(run, self._buffers[index % len(self._buffers)])))
+            if len(ahead) > READERS:
+                yield _finished(*ahead.popleft())
+        while ahead:
+            yield _finished(*ahead.popleft())
 
-        def read(index: int) -> list[torch.Tensor]:
-            start, stop = (unit - first_unit for unit in spans[index])
-            blocks = None
-            if home is not None and start >= 0 and len(spec.runs) == 1:
-                blocks = home[start * spec.unit_rows : stop * spec.unit_rows]
-            return self._units(spec, spans[index], blocks, self._buffers[index % len(self._buffers)])
+    def _split(self, filling: Filling) -> Iterator[Run]:
+        spec = filling.spec
+        step, by_caller = max(1, RUN_BYTES // self._unit_bytes(spec)), not self._is_read_as_wanted(spec)
+        for start in range(0, spec.column_units, step):
+            yield Run(filling, start, min(start + step, spec.column_units), by_caller)
 
-        readers = self._readers if self._is_read_as_wanted(spec) else None
-        for (start, stop), found in zip(spans, _ahead(read, len(spans), readers), strict=True):
-            yield start, stop, found
+    def _begun(self, run: Run, buffers: Buffers) -> Callable[[], list[torch.Tensor]]:
+        """What gives the rows of a run, which a thread is reading, or the caller then has to read."""
+        if run.by_caller:
+            return partial(self._units, run, buffers)
+        return self._readers.submit(self._units, run, buffers).result
 
     def _is_read_as_wanted(self, spec: LinearSpec) -> bool:
         """Whether no kernel is called to read it."""
         forms = ((self._form(spec, name, parts)[0], part.tensor) for name, parts in spec.runs for part in parts)
         return all(dtype == self._source.torch_dtype(tensor) for dtype, tensor in forms)
 
-    def _units(
-        self, spec: LinearSpec, units: tuple[int, int], home: torch.Tensor | None, buffers: Buffers
-    ) -> list[torch.Tensor]:
-        """The rows of some units, in `buffers` or at home."""
+    def _units(self, run: Run, buffers: Buffers) -> list[torch.Tensor]:
+        """The rows of a run, in `buffers` or at home."""
+        (spec, home, first_unit, _), start, stop, _ = run
+        blocks = None
+        if home is not None and start >= first_unit and len(spec.runs) == 1:
+            blocks = home[(start - first_unit) * spec.unit_rows : (stop - first_unit) * spec.unit_rows]
         found = []
         for name, parts in spec.runs:
-            found.append(self._run(spec, name, parts, units, home, buffers))
+            found.append(self._run(spec, name, parts, (start, stop), blocks, buffers))
             buffers = buffers._replace(rows=buffers.rows[found[-1].nbytes :])
         return found
 
@@ -173,19 +203,9 @@ def _padded_rows(parts: tuple[Part, ...]) -> int:
     return -(-sum(part.rows_per_unit for part in parts) // BLOCK_FEATURES) * BLOCK_FEATURES
 
 
-def _ahead(
-    read: Callable[[int], list[torch.Tensor]], count: int, readers: ThreadPoolExecutor | None
-) -> Iterator[list[torch.Tensor]]:
-    """What `read` gives for 0, 1, ... count - 1; `readers` are at the next READERS while the caller is at one."""
-    if readers is None:
-        yield from map(read, range(count))
-        return
-    running: deque[Future[list[torch.Tensor]]] = deque()
-    for index in range(count + READERS):
-        if index < count:
-            running.append(readers.submit(read, index))
-        if index >= READERS:
-            yield running.popleft().result()
+def _finished(run: Run, rows: Callable[[], list[torch.Tensor]]) -> tuple[Filling, int, int, list[torch.Tensor]]:
+    """A run with its rows, once they are there."""
+    return run.filling, run.start, run.stop, rows()
 
 
 def numbers_of(source: WeightSource, ops: CpuKernels, tensor: str, rows: torch.Tensor) -> torch.Tensor:
