@@ -16,7 +16,7 @@ from cpu_kernels.linear.panels.over_range import panels_over_range
 from cpu_kernels.linear.panels.places import spread_area
 from cpu_kernels.linear.q_kernel import groups_times_panel
 from cpu_kernels.linear.records import panel_of, row_quantiser
-from cpu_kernels.linear.sizes import RECORD_BYTES, SEGMENT_GROUPS, spread_rows
+from cpu_kernels.linear.sizes import SEGMENT_GROUPS, record_bytes, spread_rows
 from cpu_kernels.small.picks import busy_expert, busy_experts, expert_of
 from cpu_kernels.team.arguments import EXPERT_LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
@@ -109,9 +109,10 @@ def further_panel(isa: Isa, item: WeightFormat, rows: int):
 
 def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
     """Kernel for coded weights, in panels of up to `tile` rows."""
-    quantize_row = row_quantiser(weight_dtype)
+    item = format_of(weight_dtype)
+    quantize_row, row_bytes = row_quantiser(isa, item), record_bytes(isa, item)
     over_rows = panels_over_range(isa, weight_dtype, tile, further_panel, 0, goes_on=True)
-    least_rows = spread_rows(isa, format_of(weight_dtype))
+    least_rows = spread_rows(isa, item)
 
     @helper
     def quantize(arguments):
@@ -130,7 +131,7 @@ def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
             e = expert_of(starts, first, count, place)
             own = load_i32(starts + 4 * e)
             row, size = panel_of(place - own, load_i32(starts + 4 * e + 4) - own, tile, 0)
-            panel, source = records + (own + row) * groups * RECORD_BYTES, source_row(arguments, place)
+            panel, source = records + (own + row) * groups * row_bytes, source_row(arguments, place)
             last = least(groups, (segment + 1) * SEGMENT_GROUPS)
             quantize_row(source, in_features, segment * SEGMENT_GROUPS, last, panel, place - own - row, size)
             finish(arguments, 0)

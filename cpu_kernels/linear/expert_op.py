@@ -7,7 +7,7 @@ from cpu_kernels.checks import check_tensor, expect
 from cpu_kernels.contract import Picks
 from cpu_kernels.formats import BLOCK_FEATURES, GROUP_INPUTS, Segment, format_of, segments, unit_blocks, unit_bytes
 from cpu_kernels.linear.op import piece_inputs, with_spread_area
-from cpu_kernels.linear.sizes import RANGE_BYTES, RECORD_BYTES, STREAM_ROWS
+from cpu_kernels.linear.sizes import RANGE_BYTES, STREAM_ROWS, record_bytes
 from cpu_kernels.team.arguments import EXPERT_LINEAR
 from cpu_kernels.team.team import Team
 from cpu_kernels.vectors.isa import Isa
@@ -17,7 +17,7 @@ def scratch_bytes(isa: Isa, weight_dtype: str, picks: int, in_features: int) -> 
     """Working memory of one call: the inputs as the kernel wants them, one for each pick."""
     rounds_x_to = format_of(weight_dtype).rounds_x_to
     if rounds_x_to == "int8":
-        return picks * -(-in_features // GROUP_INPUTS) * RECORD_BYTES
+        return picks * -(-in_features // GROUP_INPUTS) * record_bytes(isa, format_of(weight_dtype))
     if rounds_x_to == "bf16":
         return picks * ((1 if isa.has_bf16 else 2) * -(-in_features // 32) | 1) * 64
     return picks * (-(-in_features // 16) | 1) * 64

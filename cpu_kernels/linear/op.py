@@ -23,10 +23,10 @@ from cpu_kernels.linear.sizes import (
     NUMBER_BLOCKS,
     PIECE_INPUTS,
     RANGE_BYTES,
-    RECORD_BYTES,
     SPREAD_BYTES,
     STREAM_ROWS,
     WIDE_PIECE_INPUTS,
+    record_bytes,
     spread_rows,
 )
 from cpu_kernels.team.arguments import LINEAR
@@ -36,13 +36,14 @@ from cpu_kernels.vectors.isa import Isa
 
 def scratch_bytes(isa: Isa, weight_dtype: str, rows: int, in_features: int) -> int:
     """Working memory of one call: the input as the kernel wants it."""
-    rounds_x_to = format_of(weight_dtype).rounds_x_to
+    item = format_of(weight_dtype)
+    rounds_x_to = item.rounds_x_to
     if rounds_x_to == "fp32":
         return 0
     if rounds_x_to == "bf16":
         lines = 1 if isa.has_bf16 else 2  # inputs are kept widened where the CPU cannot multiply bf16
         return (rows + filled_rows(weight_dtype)) * (lines * -(-in_features // 32) | 1) * 64
-    return (rows + filled_rows(weight_dtype)) * -(-in_features // GROUP_INPUTS) * RECORD_BYTES
+    return (rows + filled_rows(weight_dtype)) * -(-in_features // GROUP_INPUTS) * record_bytes(isa, item)
 
 
 def is_one_panel(weight_dtype: str, rows: int, tile: int) -> bool:

@@ -16,7 +16,7 @@ from cpu_kernels.linear.forms.step import form_step, header_ahead
 from cpu_kernels.linear.panels.over_range import panels_over_range
 from cpu_kernels.linear.panels.places import spread_area
 from cpu_kernels.linear.records import panel_of, row_quantiser
-from cpu_kernels.linear.sizes import FILLED_ROWS, RECORD_BYTES, SEGMENT_GROUPS, SPREAD_PLANES
+from cpu_kernels.linear.sizes import FILLED_ROWS, SEGMENT_GROUPS, SPREAD_PLANES, record_bytes
 from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
 from cpu_kernels.vectors.code_sums import CodeSums
@@ -152,7 +152,7 @@ def groups_times_panel(isa: Isa, item: WeightFormat, rows: int):
     Lines of the last superblock's padding are read and dropped: where a stream skips eight lines in 25 KB, a Zen 4
     finds its way back so late that one row of MXFP4 with 2880 inputs takes half as long again.
     """
-    record_bytes = rows * RECORD_BYTES
+    panel_bytes = rows * record_bytes(isa, item)
     superblock_bytes, header_bytes = item.superblock_bytes, item.header_lines * LINE_BYTES
     together, group_bytes = item.group_inputs // GROUP_INPUTS, item.code_lines * LINE_BYTES
     if item.name in ("q4", "q8"):
@@ -161,7 +161,7 @@ def groups_times_panel(isa: Isa, item: WeightFormat, rows: int):
         @helper
         def add_groups(sums, weight, record, groups):
             for group in range(groups):
-                sums = step(sums, weight + superblock_bytes * group, record + record_bytes * group)
+                sums = step(sums, weight + superblock_bytes * group, record + panel_bytes * group)
             return sums
 
         return add_groups
@@ -176,7 +176,7 @@ def groups_times_panel(isa: Isa, item: WeightFormat, rows: int):
             ask_for_header(at)
             for inside in range(least(together, groups - group)):
                 sums = step_of_form(sums, at, inside, lines + group_bytes * inside, record)
-                record += record_bytes
+                record += panel_bytes
             at += superblock_bytes
             group += together
         for line in range(at - group_bytes * (group - groups), at, LINE_BYTES):
@@ -188,7 +188,8 @@ def groups_times_panel(isa: Isa, item: WeightFormat, rows: int):
 
 def linear_q(isa: Isa, weight_dtype: str, tile: int):
     """Kernel for any number of rows in panels of `tile` (8, 4 or 1) rows."""
-    quantize_row = row_quantiser(weight_dtype)
+    item = format_of(weight_dtype)
+    quantize_row, row_bytes = row_quantiser(isa, item), record_bytes(isa, item)
     most_filled = FILLED_ROWS.get(weight_dtype, 1)
     multiply = panels_over_range(isa, weight_dtype, tile, block_times_panel, most_filled)
 
@@ -210,7 +211,7 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
             row, segment = chunk // segments, chunk % segments
             first, size = panel_of(least(row, rows - 1), rows, tile, most_filled)
             last, source = least(groups, (segment + 1) * SEGMENT_GROUPS), x + least(row, rows - 1) * x_stride
-            panel = records + first * groups * RECORD_BYTES
+            panel = records + first * groups * row_bytes
             quantize_row(source, in_features, segment * SEGMENT_GROUPS, last, panel, row - first, size)
             finish(arguments, 0)
             chunk = take(arguments, 0)

@@ -3,18 +3,28 @@
 A panel of up to `row_tile` rows has one record for every group of 64 inputs, so that the inner loop reads it from one
 pointer at constant offsets.
 
-Record of a panel of R rows (76 R bytes): R x 64 int8, R float32 scales, R corrections, R second corrections, which are
-q4: scale * sum(xq) as float32, unused;  q8: -128 * sum(xq) as int32 of inputs 0..31, then of 32..63;
-K2M32: sums of 32 inputs as one int16 pair, unused; other formats: sums of 16 inputs as int16 pairs, of inputs 0..31,
-then of 32..63 (forms/step.py).
+Record of a panel of R rows: R x 64 int8, R float32 scales, two or four times R corrections, of which unused ones come
+last (`record_bytes`):
+
+  q4           scale * sum(xq) as float32
+  `Starts`     minus the offset times the sum, int32, of every run of inputs that share a scale
+  SM32         sums of 32 inputs as float32
+  K2M32        sums of 32 inputs as one int16 pair, as where a zero point is that of 64 inputs or more
+  all others   sums of 16 inputs as int16 pairs, of inputs 0..31, then of 32..63
 """
+
+from collections.abc import Callable
+from functools import reduce
+from typing import NamedTuple
 
 from llvmlite import ir
 from numba import types
 
-from cpu_kernels.formats import GROUP_INPUTS, format_of
-from cpu_kernels.linear.sizes import RECORD_BYTES
+from cpu_kernels.formats import GROUP_INPUTS, WeightFormat
+from cpu_kernels.linear.sizes import record_bytes
+from cpu_kernels.vectors.code_sums import CodeSums
 from cpu_kernels.vectors.compiler import helper
+from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.scalar import least
 from cpu_kernels.vectors.vector import (
     F32,
@@ -34,6 +44,38 @@ from cpu_kernels.vectors.vector import (
     store_as,
     unknown,
 )
+
+
+class Starts(NamedTuple):
+    """Where the dot products of `run` inputs begin, so that `offset` is taken from every code."""
+
+    run: int
+    offset: int
+
+
+def run_of(item: WeightFormat) -> int:
+    """Inputs of a group that share a scale."""
+    if item.header in ("K2S16", "T16"):
+        return 16
+    return 64 if item.header.endswith(("64", "128")) else 32
+
+
+def starts_of(isa: Isa, item: WeightFormat) -> Starts | None:
+    """What dot products of a format begin with, where a record says it: one load in place of a product of sums.
+
+    Not where codes have zero points, which take the offset with them, nor where sub-scales multiply products as they
+    are widened, and so would multiply what they begin with.
+    """
+    sums = CodeSums(isa, item.largest_code)
+    offset = item.offset - 128 if sums.takes_128 else item.offset
+    if not offset or item.header.startswith(("SZ", "SI")) or item.header == "K2S16" and sums.takes_scales:
+        return None
+    return Starts(run_of(item), offset)
+
+
+def has_sums_of_32(item: WeightFormat) -> bool:
+    """Whether a record has the sums of both halves as one pair: where both, or a zero point of both, meet one dot2."""
+    return item.header == "K2M32" or item.header.startswith(("SZ", "SI")) and run_of(item) == GROUP_INPUTS
 
 
 class Record:
@@ -59,8 +101,17 @@ class Record:
         """The row's scale in every lane."""
         return splat_value(self._b, load_as(self._b, self._address, F32, self._offset(row, 0)))
 
+    def start(self, row: int, run: int):
+        """Of `Starts`, in every lane."""
+        return splat_value(self._b, load_as(self._b, self._address, I32, self._offset(row, 1 + run)))
+
+    def sum_of_32(self, row: int, half: int):
+        """Of SM32, the sum of a half's inputs as float32, in every lane."""
+        return splat_value(self._b, load_as(self._b, self._address, F32, self._offset(row, 1 + half)))
+
     def sums(self, row: int, half: int):
-        """The sums of both 16 inputs of a half, of K2M32 those of both halves as half 0, int16 pairs in every lane."""
+        """The sums of both 16 inputs of a half, where `has_sums_of_32` those of both halves as half 0, int16 pairs in
+        every lane."""
         return splat_value(self._b, load_as(self._b, self._address, I32, self._offset(row, 1 + half)))
 
     def _offset(self, row: int, field: int) -> int:
@@ -104,41 +155,26 @@ def store_sums_of_16(b, v_sums, second, row_bytes):
         b.store(both, b.inttoptr(at, I32.as_pointer()), align=4)
 
 
-@emits(types.void, *[F32x16] * 4, intp, intp, intp)
-def store_group(b, v0, v1, v2, v3, quants, scale_at, row_bytes):
-    """Quantise 64 inputs: bytes to `quants`; scale and the two int32 sums to scale_at, + row_bytes, + 2 row_bytes."""
-    codes = _store_codes(b, (v0, v1, v2, v3), quants, scale_at)
-    second = b.add(scale_at, row_bytes)
-    store_as(b, _sum(b, b.add(codes[0], codes[1])), second)
-    store_as(b, _sum(b, b.add(codes[2], codes[3])), b.add(second, row_bytes))
+def store_group_sums(run: int, of_sum: Callable):
+    """Intrinsic (v0, v1, v2, v3, quants, scale_at, row_bytes): quantise 64 inputs: bytes to `quants`, the scale to
+    scale_at, and what `of_sum(b, sum, scale)` makes of every run's int32 sum to scale_at + row_bytes, + 2 row_bytes
+    and so on."""
+
+    @emits(types.void, *[F32x16] * 4, intp, intp, intp)
+    def store_group(b, v0, v1, v2, v3, quants, scale_at, row_bytes):
+        codes, at, parts = _store_codes(b, (v0, v1, v2, v3), quants, scale_at), scale_at, run // 16
+        for first in range(0, len(codes), parts):
+            at, total = b.add(at, row_bytes), _sum(b, reduce(b.add, codes[first : first + parts]))
+            store_as(b, of_sum(b, total, load_as(b, scale_at, F32)), at)
+
+    return store_group
 
 
 @emits(types.void, *[F32x16] * 4, intp, intp, intp)
 def store_group_of_16(b, v0, v1, v2, v3, quants, scale_at, row_bytes):
-    """As `store_group`, with the sums of every 16 inputs as int16 pairs."""
+    """As `store_group_sums`, with the sums of every 16 inputs as int16 pairs."""
     codes = _store_codes(b, (v0, v1, v2, v3), quants, scale_at)
     store_sums_of_16(b, [_sum(b, part) for part in codes], b.add(scale_at, row_bytes), row_bytes)
-
-
-@emits(types.void, intp, intp)
-def correct_q4(b, scale_at, row_bytes):
-    """Replace the sums by scale * sum as float32."""
-    second = b.add(scale_at, row_bytes)
-    total = b.add(load_as(b, second, I32), load_as(b, b.add(second, row_bytes), I32))
-    store_as(b, b.fmul(b.sitofp(total, F32), load_as(b, scale_at, F32)), second)
-
-
-@emits(types.void, intp, intp)
-def keep_sums(b, scale_at, row_bytes):
-    """The sums as they are."""
-
-
-@emits(types.void, intp, intp)
-def correct_q8(b, scale_at, row_bytes):
-    """Multiply the sums by -128: weights are stored with 128 added."""
-    for times in (1, 2):
-        at = b.add(scale_at, b.mul(row_bytes, ir.Constant(row_bytes.type, times)))
-        store_as(b, b.mul(load_as(b, at, I32), ir.Constant(I32, -128)), at)
 
 
 @helper
@@ -158,26 +194,35 @@ def panel_of(row, rows, tile, filled):
 
 @emits(types.void, *[F32x16] * 4, intp, intp, intp)
 def store_group_of_32(b, v0, v1, v2, v3, quants, scale_at, row_bytes):
-    """As `store_group`, with the sums of both 32 inputs as one int16 pair."""
+    """As `store_group_sums`, with the sums of both 32 inputs as one int16 pair."""
     codes = _store_codes(b, (v0, v1, v2, v3), quants, scale_at)
     low, high = (b.trunc(_sum(b, b.add(*codes[at : at + 2])), I16) for at in (0, 2))
     both = b.or_(b.zext(low, I32), b.shl(b.zext(high, I32), ir.Constant(I32, 16)))
     store_as(b, both, b.add(scale_at, row_bytes))
 
 
-def row_quantiser(weight_dtype: str):
+def group_store(isa: Isa, item: WeightFormat):
+    """Intrinsic (v0, v1, v2, v3, quants, scale_at, row_bytes): 64 inputs of a row, with the corrections of a format."""
+    if item.name == "q4":
+        return store_group_sums(64, lambda b, total, scale: b.fmul(b.sitofp(total, F32), scale))
+    if item.header == "SM32":
+        return store_group_sums(32, lambda b, total, scale: b.sitofp(total, F32))
+    starts = starts_of(isa, item)
+    if starts is not None:
+        assert 4 * (GROUP_INPUTS // starts.run) <= record_bytes(isa, item) - GROUP_INPUTS - 4, (isa, item.name)
+        return store_group_sums(starts.run, lambda b, total, scale: b.mul(total, ir.Constant(I32, -starts.offset)))
+    return store_group_of_32 if has_sums_of_32(item) else store_group_of_16
+
+
+def row_quantiser(isa: Isa, item: WeightFormat):
     """Function: the groups [group, last) of a row's inputs into its place in the records of a panel of `size` rows."""
-    correct = {"q4": correct_q4, "q8": correct_q8}.get(weight_dtype, keep_sums)
-    if weight_dtype in ("q4", "q8"):
-        store_codes = store_group
-    else:
-        store_codes = store_group_of_32 if format_of(weight_dtype).header == "K2M32" else store_group_of_16
+    store_codes, row_bytes = group_store(isa, item), record_bytes(isa, item)
 
     @helper
     def quantize_row(source, in_features, group, last, panel, row, size):
         while group < last:
             at, left = source + 256 * group, in_features - GROUP_INPUTS * group
-            record = panel + group * size * RECORD_BYTES
+            record = panel + group * size * row_bytes
             scale_at = record + size * GROUP_INPUTS + 4 * row
             store_codes(
                 load_f32_tail(at, left),
@@ -188,7 +233,6 @@ def row_quantiser(weight_dtype: str):
                 scale_at,
                 4 * size,
             )
-            correct(scale_at, 4 * size)
             group += 1
 
     return quantize_row

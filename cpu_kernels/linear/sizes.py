@@ -3,7 +3,6 @@
 from cpu_kernels.formats import WeightFormat
 from cpu_kernels.vectors.isa import Isa
 
-RECORD_BYTES = 76  # one row's share of a quantised input record: 64 int8, a float32 scale, two 4-byte corrections
 FILLED_ROWS = {"q8": 3}  # rows of a panel that are computed for nothing where a second panel takes longer; else 1
 SEGMENT_GROUPS = 32  # groups quantised per chunk
 SEGMENT_INPUTS = 2048  # inputs rounded to bf16 per chunk
@@ -17,6 +16,13 @@ SPREAD_BYTES = 192 << 10  # working memory of a thread for it: two blocks of a p
 SPREAD_PLANES = {"u4": "b4", "u5": "b5", "u6": "b6", "t4": "bt"}
 SPREAD_NIBBLES = ("S32", "SM32", "SZ32", "SI32")  # headers with which nibbles gain; sums of longer runs wait for less
 NUMBER_BLOCKS = 8  # blocks at once that share what is made of the inputs
+
+
+def record_bytes(isa: Isa, item: WeightFormat) -> int:
+    """One row's share of a record of 64 inputs: int8, a float32 scale and 4-byte corrections (records.py): four where
+    every 16 inputs have one, else two."""
+    is_of_16 = item.header == "T16" or item.header == "K2S16" and isa.name != "avx2"
+    return 64 + 4 + 4 * (4 if is_of_16 else 2)
 
 
 def spread_rows(isa: Isa, item: WeightFormat) -> int:

@@ -1,8 +1,8 @@
 """64 inputs of a coded format times one record of int8 activations: what linear_q_kernel repeats; see formats/base.py.
 
-Codes are unsigned bytes, so a format's offset is taken off again by way of the activations' sums. A record holds those
-of every 16 inputs as int16, and one dot2 with a constant pair gives offset * sum where a dot product begins. Two-level
-scales stay integers: sub-scale times dot product is exact in int32, and only the total meets d.
+Codes are unsigned bytes, so a format's offset is taken off again by way of the activations' sums, of which a record
+holds what a dot product begins with (records.py). Two-level scales stay integers: sub-scale times dot product is exact
+in int32, and only the total meets d.
 """
 
 from functools import cached_property, reduce
@@ -15,7 +15,7 @@ from cpu_kernels.linear.forms.bf16_codes import row_dot_bf16
 from cpu_kernels.linear.forms.codes import code_words, half_words
 from cpu_kernels.linear.forms.float_codes import numbers_of_word, row_dot, unit_of, wide_row_dot
 from cpu_kernels.linear.forms.number_planes import ONE, fits_planes, planes_dot, wide_planes_dot
-from cpu_kernels.linear.records import Record
+from cpu_kernels.linear.records import Record, run_of, starts_of
 from cpu_kernels.vectors.code_sums import CodeSums
 from cpu_kernels.vectors.dot import emit_dot2
 from cpu_kernels.vectors.header_numbers import byte_numbers, exponents, halves, tensor_scales
@@ -57,17 +57,17 @@ class FormSums:
         self.isa, self.item, self.rows = isa, item, rows
         self.has_zeros, self.has_floats = item.header.startswith(("SZ", "SI")), item.header.startswith(("F", "T"))
         self.group_inputs = int(item.header.lstrip("SZIFT")) if self.has_zeros or self.has_floats else 0
-        # Inputs that share a scale, up to 64, and such runs of the 64.
-        self.run = 16 if item.header in ("K2S16", "T16") else 64 if self.group_inputs > 32 else 32
+        self.run = run_of(item)
         self.runs = GROUP_INPUTS // self.run
         self.code_sums = CodeSums(isa, item.largest_code)
         self.offset = item.offset - 128 if self.code_sums.takes_128 else item.offset
+        self.starts = starts_of(isa, item)
         is_x86 = isa.has_avx2 or isa.has_avx512
         self.takes_planes = rows == 1 and is_x86 and self.run >= 32 and fits_planes(item.values)
         # Whether registers are few for what the rows hold, and what they share pays.
         self.has_several_rows = rows >= (2 if self.code_sums.takes_scales else 4)
         # Two dot2 a row, by sub-scales, in place of four.
-        self.takes_sums_of_16 = item.header == "K2S16" and bool(self.offset) and self.has_several_rows
+        self.takes_sums_of_16 = item.header == "K2S16" and self.starts is None and self.has_several_rows
         # Two-level scales are multiplied as products are widened.
         self.scales_products = item.header.startswith("K2") and self.has_several_rows and self.code_sums.takes_scales
 
@@ -87,15 +87,12 @@ class FormSums:
 
     def start(self, b, record, part: int, row: int):
         """Where a row's dot products of a run begin: minus the offset times the sum of its inputs."""
-        start, offset = constant(VI32, 0), self.offset
-        if offset and self.run == 16 and not self.takes_sums_of_16:
-            taken = pair(-offset, 0) if part % 2 == 0 else pair(0, -offset)
-            start = emit_dot2(self.isa, b, start, record.sums(row, part // 2), constant(VI32, taken))
-        elif offset and self.run > 16:
-            for half in range(part * self.run // 32, (part + 1) * self.run // 32):
-                taken = constant(VI32, pair(-offset, -offset))
-                start = emit_dot2(self.isa, b, start, record.sums(row, half), taken)
-        return start
+        if self.starts is not None:
+            return record.start(row, part)
+        if not self.offset or self.has_zeros or self.takes_sums_of_16:
+            return constant(VI32, 0)
+        taken = constant(VI32, pair(-self.offset, 0) if part % 2 == 0 else pair(0, -self.offset))
+        return emit_dot2(self.isa, b, constant(VI32, 0), record.sums(row, part // 2), taken)
 
     def dots(self, b, word, record, part: int):
         """int32 sums of (code - offset) * input over run `part`, for every row."""
@@ -198,9 +195,7 @@ class FormSums:
         for part in range(self.runs):
             minimum = halves(b, superblock, LINE_BYTES + 32 * part)
             for row in range(self.rows):
-                ones = constant(VI32, pair(1, 1))
-                total = emit_dot2(self.isa, b, constant(VI32, 0), record.sums(row, part), ones)
-                totals[row] = fma_value(b, b.sitofp(total, VF32), minimum, totals[row])
+                totals[row] = fma_value(b, record.sum_of_32(row, part), minimum, totals[row])
         return totals
 
     def two_levels(self, b, superblock, group, word, record):
@@ -240,7 +235,7 @@ class FormSums:
         return totals
 
     def with_zeros(self, b, superblock, group, word, record):
-        """Sums of scale * (dot - zero point * sum), the difference in whole numbers, for every row."""
+        """Sums of scale * (dot - (zero point + offset) * sum), the difference in whole numbers, for every row."""
         totals = [None] * self.rows
         for part in range(self.runs):
             first = b.add(b.mul(group, I64(GROUP_INPUTS)), I64(self.run * part))
@@ -248,18 +243,18 @@ class FormSums:
             scale = halves(b, b.add(superblock, b.mul(index, I64(32))), 0)
             zeros = self.zero_pairs(b, superblock, index)
             for row, dot in enumerate(self.dots(b, word, record, part)):
-                taken = constant(VI32, 0)
-                for half in range(self.run * part // 32, self.run * (part + 1) // 32):
-                    taken = emit_dot2(self.isa, b, taken, zeros, record.sums(row, half))
+                taken = emit_dot2(self.isa, b, constant(VI32, 0), zeros, record.sums(row, part))
                 value = b.sitofp(b.sub(dot, taken), VF32)
                 totals[row] = b.fmul(value, scale) if part == 0 else fma_value(b, value, scale, totals[row])
         return totals
 
     def zero_pairs(self, b, superblock, index):
-        """The zero points of a group, twice in every lane."""
+        """The zero points of a group and the offset, added up, twice in every lane."""
         zeros_at, signed = 32 * self.item.group_inputs // self.group_inputs, self.item.header.startswith("SI")
         zero = byte_numbers(b, b.add(superblock, b.mul(index, I64(16))), zeros_at, signed)
-        if signed:
+        if self.offset:
+            zero = b.add(zero, constant(VI32, self.offset))
+        elif signed:
             zero = b.and_(zero, constant(VI32, 0xFFFF))
         return b.mul(zero, constant(VI32, pair(1, 1)))
 

@@ -18,7 +18,7 @@ from cpu_kernels.linear.forms.number_tiles import (
 )
 from cpu_kernels.linear.panels.places import block_of, outputs_of, record_of
 from cpu_kernels.linear.records import panel_of
-from cpu_kernels.linear.sizes import NUMBER_BLOCKS, RECORD_BYTES, SPREAD_BYTES
+from cpu_kernels.linear.sizes import NUMBER_BLOCKS, SPREAD_BYTES, record_bytes
 from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.chunks import parameter
 from cpu_kernels.vectors.compiler import helper
@@ -34,10 +34,10 @@ INPUTS_AT = SPREAD_BYTES - NUMBER_BLOCKS * SUM_BYTES - MOST_ROWS // ROWS * TILE_
 SUMS_AT = SPREAD_BYTES - NUMBER_BLOCKS * SUM_BYTES
 
 
-def input_panels(item: WeightFormat, tile: int, filled: int):
+def input_panels(isa: Isa, item: WeightFormat, tile: int, filled: int):
     """Function: rows [row, last) as inputs of tiles, of so many groups; a last tile that they do not fill repeats the
     last row. tile, filled: of the panels of records."""
-    spread_row = input_spreader(item)
+    spread_row, row_bytes = input_spreader(item), record_bytes(isa, item)
 
     @helper
     def fill_row(record, offset, size, groups, to, row):
@@ -45,7 +45,7 @@ def input_panels(item: WeightFormat, tile: int, filled: int):
         for _ in range(groups):
             to_codes, to_scale = to + LINE_BYTES + ROW_BYTES * row, to + 4 * row
             spread_row(codes, scale, to_codes, to_scale)
-            codes, scale, to = codes + size * RECORD_BYTES, scale + size * RECORD_BYTES, to + INPUT_BYTES
+            codes, scale, to = codes + size * row_bytes, scale + size * row_bytes, to + INPUT_BYTES
 
     @helper
     def fill(arguments, records, place, rows, row, last, group, groups, to):
@@ -54,7 +54,8 @@ def input_panels(item: WeightFormat, tile: int, filled: int):
             for each in range(count):
                 own = least(row + each, last - 1)
                 panel, size = panel_of(own, rows, tile, filled)
-                fill_row(record_of(arguments, records, place + panel, size, group), own - panel, size, groups, to, each)
+                record = record_of(arguments, records, row_bytes, place + panel, size, group)
+                fill_row(record, own - panel, size, groups, to, each)
             row, to = row + count, to + TILE_BYTES
 
     return fill
@@ -102,7 +103,7 @@ def tiles_of(isa: Isa, item: WeightFormat):
 
 def rows_times_blocks(isa: Isa, item: WeightFormat, tile: int, filled: int, goes_on: bool):
     """Function: rows [row, last) times blocks [begin, end), as many as working memory holds."""
-    fill, multiply, spread = input_panels(item, tile, filled), tiles_of(isa, item), number_spreader(isa, item)
+    fill, multiply, spread = input_panels(isa, item, tile, filled), tiles_of(isa, item), number_spreader(isa, item)
     begin_sums, bring = sums_of_rows(goes_on)
     assert GROUPS * number_bytes(item) <= INPUTS_AT
 

@@ -7,7 +7,7 @@ from cpu_kernels.linear.panels.numbers import number_panels
 from cpu_kernels.linear.panels.places import block_of, groups_of, outputs_of, record_of
 from cpu_kernels.linear.panels.spread import spread_panels
 from cpu_kernels.linear.records import panel_of
-from cpu_kernels.linear.sizes import spread_rows
+from cpu_kernels.linear.sizes import record_bytes, spread_rows
 from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.chunks import parameter
 from cpu_kernels.vectors.compiler import helper
@@ -44,6 +44,7 @@ def panels_over_range(isa: Isa, weight_dtype: str, tile: int, panel: PanelFactor
     multiply_8, multiply_4, multiply_2, multiply_1 = (panel(isa, item, min(rows, tile)) for rows in (8, 4, 2, 1))
     over_many = many_rows(isa, item, tile, panel, filled, goes_on)
     superblock_bytes, together = item.superblock_bytes, item.group_inputs // GROUP_INPUTS
+    row_bytes = record_bytes(isa, item)
 
     @helper
     def multiply(arguments, records, weight, place, rows, start, stop, area):
@@ -54,7 +55,8 @@ def panels_over_range(isa: Isa, weight_dtype: str, tile: int, panel: PanelFactor
             row = over_many(arguments, records, weight, place, rows, start, stop, area, first, count)
             while row < rows:
                 size = panel_of(row, rows, tile, filled)[1]
-                kept, record = least(size, rows - row), record_of(arguments, records, place + row, size, first)
+                kept = least(size, rows - row)
+                record = record_of(arguments, records, row_bytes, place + row, size, first)
                 for block in range(start, stop):
                     w = block_of(arguments, weight, block) + first // together * superblock_bytes
                     to, bias = outputs_of(arguments, block, place + row, first)

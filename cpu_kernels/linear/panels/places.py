@@ -1,7 +1,7 @@
 """Where things of a call are: a thread's working memory, a block of weights, its outputs and bias, a panel's record."""
 
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES
-from cpu_kernels.linear.sizes import RECORD_BYTES, SPREAD_BYTES
+from cpu_kernels.linear.sizes import SPREAD_BYTES
 from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.chunks import parameter
 from cpu_kernels.vectors.compiler import helper
@@ -38,6 +38,6 @@ def groups_of(arguments):
 
 
 @helper
-def record_of(arguments, records, row, size, group):
-    """Address of the record of a group of inputs, of a panel of `size` rows from `row` on."""
-    return records + (row * groups_of(arguments) + size * group) * RECORD_BYTES
+def record_of(arguments, records, row_bytes, row, size, group):
+    """Address of the record of a group of inputs, of a panel of `size` rows from `row` on, of `row_bytes` each."""
+    return records + (row * groups_of(arguments) + size * group) * row_bytes

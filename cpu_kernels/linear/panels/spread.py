@@ -6,7 +6,7 @@ from cpu_kernels.formats import GROUP_INPUTS, WeightFormat
 from cpu_kernels.linear.forms.spread import block_spreader, spread_format
 from cpu_kernels.linear.panels.places import block_of, outputs_of, record_of
 from cpu_kernels.linear.records import panel_of
-from cpu_kernels.linear.sizes import SPREAD_BYTES
+from cpu_kernels.linear.sizes import SPREAD_BYTES, record_bytes
 from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.chunks import parameter
 from cpu_kernels.vectors.compiler import helper
@@ -19,7 +19,7 @@ def spread_panels(isa: Isa, item: WeightFormat, tile: int, panel: Callable, fill
     their rows. None where `area` is 0."""
     spread, multiply = block_spreader(isa, item), panel(isa, spread_format(item), tile)
     together, superblock_bytes = item.group_inputs // GROUP_INPUTS, item.superblock_bytes
-    spread_superblock_bytes = spread_format(item).superblock_bytes
+    spread_superblock_bytes, row_bytes = spread_format(item).superblock_bytes, record_bytes(isa, item)
 
     @helper
     def over_panels(arguments, records, weight, place, rows, start, stop, area, first, count):
@@ -34,7 +34,7 @@ def spread_panels(isa: Isa, item: WeightFormat, tile: int, panel: Callable, fill
                 source = block_of(arguments, weight, block) + first // together * superblock_bytes
                 spread(source, count, area + (block - begin) * block_bytes)
             while done < rows and panel_of(done, rows, tile, filled)[1] == tile:
-                record = record_of(arguments, records, place + done, tile, first)
+                record = record_of(arguments, records, row_bytes, place + done, tile, first)
                 for block in range(begin, end):
                     to, bias = outputs_of(arguments, block, place + done, first)
                     w = area + (block - begin) * block_bytes
