@@ -8,6 +8,7 @@ nobody needs any more are kept for prompts that begin alike until their memory i
 from collections.abc import Hashable, Sequence
 
 from hetero_attn.cache.pool import CachePool, SequenceState
+from hetero_attn.cache.prefix_states import PrefixStates
 from hetero_attn.cache.prefix_tree import PrefixTree
 from hetero_attn.cache.states import FixedStates
 from hetero_attn.devices import Device
@@ -38,8 +39,8 @@ class KVCache:
             for place, shard in enumerate(pool.layers)
         }
         self.states = FixedStates(plan, device)
-        # What a state of fixed size held at the end of a prefix is gone when the sequence has grown beyond it.
-        self._tree = PrefixTree(self.pools) if prefix_cache and not self.states else None
+        self.prefix_states = PrefixStates(plan, self.states)
+        self._tree = PrefixTree(self.pools, self.prefix_states) if prefix_cache else None
 
     @property
     def free_sequences(self) -> int:
@@ -102,6 +103,7 @@ class KVCache:
         """End a sequence and let go of its pages."""
         for pool in self.pools:
             pool.end(sequence.id)
+        self.prefix_states.release(sequence.id)
         del self._open[sequence.id]
         self._free_ids.append(sequence.id)
 
@@ -168,13 +170,32 @@ class KVCache:
         return 0 if self._tree is None else self._tree.match(token_ids)
 
     def reuse(self, sequence: SequenceState, token_ids: Sequence[Hashable]) -> int:
-        """Begin an empty sequence with the stored part of `token_ids`, whole pages; returns how many tokens that is."""
+        """Begin an empty sequence with the stored part of `token_ids`, whole pages; returns how many tokens that is.
+
+        Where layers keep states of fixed size, the sequence's are kept as it grows: behind its last whole page of
+        `token_ids` and the one before, since what follows an answer may part from its prompt's last tokens, and where
+        others have parted from it.
+        """
         if self._tree is None:
             return 0
         for pool, pages in zip(self.pools, self._tree.pages(token_ids), strict=True):
             pool.share(sequence.id, pages)
+        self._tree.restore(sequence.id, token_ids)
         sequence.length = self._tree.match(token_ids)
+        size = self._plan.page_size
+        last = len(token_ids) // size * size
+        for length in (last, last - size, self._tree.alike(token_ids)):
+            self.keep_state(sequence, length)
         return sequence.length
+
+    def keep_state(self, sequence: SequenceState, length: int) -> bool:
+        """Keep the states of fixed size of a sequence when it has so many tokens, whole pages.
+
+        Returns whether prompts that begin alike can then go on from there; without such states they always can.
+        """
+        if not self.prefix_states:
+            return True
+        return length > sequence.length and self.prefix_states.want(sequence.id, length)
 
     def remember(self, sequence: SequenceState, token_ids: Sequence[Hashable]) -> None:
         """Keep the full pages of a sequence's first tokens, which are `token_ids` and stored, for later prompts."""

@@ -3,20 +3,22 @@
 Tokens are ids, or whatever else says what a row was computed from. A path from the root spells a prefix, compared token
 by token, and its nodes know the pages that hold the keys and values of that prefix in every pool. A page may be taken
 for something else at any time when no sequence holds it; the prefix is then shorter. A layer with a sliding window
-needs only the pages that the window still sees.
+needs only the pages that the window still sees. Where layers keep states of fixed size, a prefix can be gone on from
+where one was kept.
 """
 
 from collections.abc import Hashable, Sequence
 
 from hetero_attn.cache.pages import Node, Page
 from hetero_attn.cache.pool import CachePool
+from hetero_attn.cache.prefix_states import PrefixStates
 
 
 class PrefixTree:
-    """Remembers the full pages of sequences."""
+    """Remembers the full pages of sequences. states: those kept at nodes."""
 
-    def __init__(self, pools: Sequence[CachePool]) -> None:
-        self._pools = pools
+    def __init__(self, pools: Sequence[CachePool], states: PrefixStates) -> None:
+        self._pools, self._states = pools, states
         self._page_size = pools[0].page_size
         self._root = Node(None, (), [])
         for pool in pools:
@@ -35,6 +37,16 @@ class PrefixTree:
             for index, pool in enumerate(self._pools)
         ]
 
+    def alike(self, token_ids: Sequence[Hashable]) -> int:
+        """How many leading tokens other sequences had too, in whole pages, stored or not: where prompts part."""
+        return len(self._path(token_ids)) * self._page_size
+
+    def restore(self, sequence_id: int, token_ids: Sequence[Hashable]) -> None:
+        """Begin a sequence with the states behind the leading tokens that `match` counts, if there are some."""
+        path = self._path(token_ids)
+        if self._states and (count := self._usable(path)):
+            self._states.restore(sequence_id, path[count - 1])
+
     def remember(self, sequence_id: int, token_ids: Sequence[Hashable]) -> None:
         """Note the pages that a sequence holds of its first tokens, which must all be stored."""
         node, size = self._root, self._page_size
@@ -47,11 +59,13 @@ class PrefixTree:
                 page = pool.held(sequence_id).get(logical)
                 if node.pages[index] is None and page is not None and page.node is None:
                     node.pages[index], page.node = page, node
+            self._states.settle(sequence_id, (logical + 1) * size, node)
         self._prune(node)
 
     def forget(self, page: Page) -> None:
         """Let a page be used for something else; frees it at once when no sequence holds it."""
         node = page.node
+        self._states.drop(node)
         for index, pool in enumerate(self._pools):
             if node.pages[index] is page:
                 node.pages[index], page.node = None, None
@@ -83,9 +97,14 @@ class PrefixTree:
         for index, pool in enumerate(self._pools):
             if not pool.window:
                 count = next((i for i in range(count) if path[i].pages[index] is None), count)
-        while count and not all(self._is_stored(index, path, count) for index in range(len(self._pools))):
+        while count and not self._goes_on(path, count):
             count -= 1
         return count
+
+    def _goes_on(self, path: list[Node], count: int) -> bool:
+        if self._states and path[count - 1] not in self._states:
+            return False
+        return all(self._is_stored(index, path, count) for index in range(len(self._pools)))
 
     def _is_stored(self, index: int, path: list[Node], count: int) -> bool:
         first = self._first_page(self._pools[index], count)

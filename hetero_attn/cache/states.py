@@ -4,7 +4,7 @@ They lie where the residual stream lives, one tensor a layer, one row a sequence
 of its sequences in place, so a step that failed half-way leaves a state that is of no use: its sequence must be closed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -43,6 +43,12 @@ class FixedStates:
     def copy(self, to: int, source: int) -> None:
         """Begin a sequence with the state of another."""
         self._queue(lambda values: values[to].copy_(values[source]))
+
+    def set(self, sequence_id: int, values: Mapping[int, torch.Tensor]) -> None:
+        """Begin a sequence with these states, by layer."""
+        with nullcontext() if self._device is None else self._device.current():
+            for layer, state in values.items():
+                self._by_layer[layer][sequence_id].copy_(state)
 
     def _queue(self, work: Callable[[torch.Tensor], object]) -> None:
         with nullcontext() if self._device is None else self._device.current():

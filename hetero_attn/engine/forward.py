@@ -5,6 +5,7 @@ Nothing is allocated here that grows with the sequence: buffers and pages exist 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -156,7 +157,8 @@ class Forward:
             index, place = self._kv_cache.places[block.layer]
             return KvView(self._kv_cache.pools[index], place, step.pools[index])
         if isinstance(block.state, FixedState):
-            return FixedView(self._kv_cache.states[block.layer], step.sequence_ids.main)
+            keep = partial(self._kv_cache.prefix_states.keep, block.layer)
+            return FixedView(self._kv_cache.states[block.layer], step.sequence_ids.main, keep)
         return None
 
     def randomise(self) -> None:

@@ -7,7 +7,7 @@ The MLP of a parallel layer sees what its attention has normalised, in the buffe
 No block knows where anything lives: a `LinearWeights` carries its cut, an `Activation` both its sides.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,10 +28,12 @@ class FixedView(NamedTuple):
     sequence_ids, int64 [rows] at the same side, the index in it of each row's sequence.
 
     Rows of one sequence are in the order of its tokens; what the step leaves in its state, the next one finds.
+    keep(sequence id, place): copy a sequence's state as queued work leaves it, see `Step.kept_states`.
     """
 
     values: torch.Tensor
     sequence_ids: torch.Tensor
+    keep: Callable[[int, int], None]
 
 
 StateView = KvView | FixedView | None

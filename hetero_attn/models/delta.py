@@ -9,8 +9,8 @@ sequence's state lies there. On the CPU single tokens are one operation of the k
 prompts, in chunks, and all that is on a GPU.
 """
 
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -72,13 +72,18 @@ class DeltaNet(DeltaDeclaration, Block):
         return gates
 
     def _mix_runs(self, run: Run, weights: BlockWeights, state: FixedView, parts: DeltaRows) -> None:
-        """Single tokens of many sequences together, and every longer run of one by itself."""
-        for rows, sequences in runs_of(run.step.sequence_ids.host.tolist()):
+        """Single tokens of many sequences together, and every longer run of one by itself, up to where its state is
+        kept and on from there."""
+        sequence_ids, kept = run.step.sequence_ids.host.tolist(), run.step.kept_states
+        for rows, sequences in runs_of(sequence_ids, [stop for stop, _ in kept]):
             ids = state.sequence_ids[rows]
             if run.lanes.device is None and len(ids) == sequences:
                 self._step(run.lanes, weights, state.values, ids, parts.of(rows))
             else:
                 self._mix(weights, state.values, ids, parts.of(rows), sequences)
+            for stop, place in kept:
+                if rows.start < stop <= rows.stop:
+                    state.keep(sequence_ids[stop - 1], place)
 
     def _step(
         self, lanes: Lanes, weights: BlockWeights, states: torch.Tensor, ids: torch.Tensor, parts: DeltaRows
@@ -140,9 +145,16 @@ class DeltaNet(DeltaDeclaration, Block):
         return DeltaTokens(*(part.transpose(1, 2) for part in heads))
 
 
-def runs_of(sequence_ids: list[int]) -> Iterator[tuple[slice, int]]:
+def runs_of(sequence_ids: list[int], cuts: Sequence[int] = ()) -> Iterator[tuple[slice, int]]:
     """(rows, how many sequences they are of): single tokens of all sequences that have one, side by side, and each
-    longer run of one sequence."""
+    longer run of one sequence, in pieces where a cut lies inside it. cuts: ascending."""
+    for rows, sequences in _whole_runs(sequence_ids):
+        inside = [cut for cut in cuts if rows.start < cut < rows.stop] if sequences == 1 else []
+        for start, stop in pairwise((rows.start, *inside, rows.stop)):
+            yield slice(start, stop), sequences
+
+
+def _whole_runs(sequence_ids: list[int]) -> Iterator[tuple[slice, int]]:
     lengths = [len(list(each)) for _, each in groupby(sequence_ids)]
     start = 0
     for length, same in groupby(lengths):

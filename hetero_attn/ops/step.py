@@ -93,7 +93,8 @@ class Step:
 
     positions: int64 [rows] on both sides. tier: the row tier that selects every linear's cut. pools: for each
     pool of the cache, in its order. sequence_ids: int64 [rows] on both sides, of each row's sequence among the
-    states of fixed size; neither side where the model has none.
+    states of fixed size; neither side where the model has none. kept_states: (rows, place), ascending: behind so many
+    rows the state of the last one's sequence is kept in a place of `KVCache.prefix_states`.
     """
 
     rows: int
@@ -102,6 +103,7 @@ class Step:
     parts: tuple[Part, ...]
     pools: tuple[PoolStep, ...]
     sequence_ids: Activation = Activation(None, None)
+    kept_states: tuple[tuple[int, int], ...] = ()
 
     @property
     def is_one_by_one(self) -> bool:
@@ -126,7 +128,19 @@ def make_step(lanes: Lanes, cache: KVCache, work: Sequence[Rows]) -> Step:
     if lanes.device is not None:
         positions, sequence_ids, stores = _uploaded(lanes, positions, sequence_ids, stores)
     pools = tuple([PoolStep(_slots(each), tuple(_segments(each, step_rows))) for each in stores])
-    return Step(rows, row_tier(rows), positions, tuple(_parts(step_rows)), pools, sequence_ids)
+    kept = tuple(_kept_states(cache, work)) if cache.states else ()
+    return Step(rows, row_tier(rows), positions, tuple(_parts(step_rows)), pools, sequence_ids, kept)
+
+
+def _kept_states(cache: KVCache, work: Sequence[Rows]) -> Iterator[tuple[int, int]]:
+    """See Step. Rows that attend one by one are of no prompt, and pass none of its lengths."""
+    first = 0
+    for each in work:
+        if each.is_chunk:
+            for length, place in sorted(cache.prefix_states.wanted(each.sequence.id).items()):
+                if 0 < length - each.sequence.length <= len(each.token_ids):
+                    yield first + length - each.sequence.length, place
+        first += len(each.token_ids)
 
 
 def older_blocks(cache: KVCache, step: Step, block_pages: int) -> Iterator[PageBlock]:

@@ -7,7 +7,18 @@ from placement.plan.shards import KvShard, LinearShard
 from placement.plan.workload import NUM_ROW_TIERS, Workload, round_up
 
 PLACES = ("gpu", "pinned", "host")
-KINDS = ("weights", "expert_slots", "kv", "staging", "activations", "embed", "resident", "context", "drafter")
+KINDS = (
+    "weights",
+    "expert_slots",
+    "kv",
+    "staging",
+    "activations",
+    "embed",
+    "resident",
+    "prefixes",
+    "context",
+    "drafter",
+)
 OF_OTHERS = ("context", "drafter")  # kinds that others than the model allocate
 KV_STAGING_BUFFERS = 2
 
@@ -279,6 +290,8 @@ def memory_report(
         "activations": host_activation_bytes(workload),
         "embed": workload.embed_bytes,
     }
+    if workload.states:
+        host["prefixes"] = workload.prefix_state_bytes
     drafter = workload.drafter_bytes
     host |= drafter["host"]
     if device == "cpu":

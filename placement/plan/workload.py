@@ -205,6 +205,17 @@ class Workload:
         """States of all sequences: in GPU memory whenever there is a GPU."""
         return self.max_batch * sum(shard.bytes_per_sequence for shard in self.states)
 
+    @property
+    def prefix_states(self) -> int:
+        """How many ends of prompts keep their states in host memory, for prompts that go on from there: as many as two
+        turns of a conversation have, and one more for every further sequence."""
+        return self.max_batch + 3 if self.states else 0
+
+    @property
+    def prefix_state_bytes(self) -> int:
+        """Host memory of those."""
+        return self.prefix_states * sum(shard.bytes_per_sequence for shard in self.states)
+
     @cached_property
     def full_tokens(self) -> int:
         """KV slots of all sequences together in a layer that attends to everything, in whole pages."""

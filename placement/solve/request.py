@@ -56,6 +56,7 @@ class PlanRequest:
             "context": self.context_bytes,
         }
         host = {"activations": host_activation_bytes(workload), "embed": workload.embed_bytes}
+        host["prefixes"] = workload.prefix_state_bytes
         if self.device == "cpu":
             host["resident"] = workload.resident_bytes + workload.state_bytes
         drafter = workload.drafter_bytes

@@ -78,13 +78,12 @@ def test_sequences_of_a_batch_do_not_mix(models, device):
 
 
 def test_answers_of_requests_that_begin_alike(models):
-    """Through the scheduler: a batch, the same prompt again, and one that goes on behind it; no state is shared."""
+    """Through the scheduler: a batch, the same prompt again, and one that goes on behind it, all shorter than a page."""
     path = models["qwen3_next"]
     prompts = ["the quick brown fox", "the quick brown fox", "the quick brown fox jumps over"]
     with LLM(path, device="cpu", dtype="fp32", max_context=96, max_batch=2, progress=False) as llm:
         together = [output.token_ids for output in llm.generate(prompts, GREEDY)]
         alone = [llm.generate([prompt], GREEDY)[0].token_ids for prompt in prompts]
-        assert not llm.engine.kv_cache.remembers
 
     assert together == alone and alone[0] == alone[1]
 

@@ -45,7 +45,8 @@ class PromptChunks:
         cache, page_size = self._engine.kv_cache, self._engine.plan.page_size
         chunks, pages = {}, cache.max_new_pages
         for request in [request for request in prompts if request.scores is None]:
-            if rows > 0 and pages != 0 and not self._waits_for(request, chunks):
+            waits = self._waits_for(request, chunks)  # whether there are rows for it or not: others keep what it shares
+            if rows > 0 and pages != 0 and not waits:
                 if request.computed == 0:
                     # All but its last token, whose logits are wanted.
                     known = request.chunk_ids[: self._reusable(request.chunk_ids)]
@@ -58,13 +59,17 @@ class PromptChunks:
         return chunks
 
     def _waits_for(self, request: Request, chunks: Iterable[Request]) -> bool:
-        """Whether a prompt that is not begun yet would compute what one of these is about to store."""
+        """Whether a prompt that is not begun yet would compute what one of these is about to store, which then keeps
+        the state where they part."""
         cache, page_size = self._engine.kv_cache, self._engine.plan.page_size
         if request.computed or not cache.remembers:
             return False
         own = request.chunk_ids[:-1]
-        alike = max((_common_tokens(own, other.chunk_ids) for other in chunks), default=0)
-        return alike >= page_size and alike // page_size * page_size > cache.stored(own)
+        alike = {other: _common_tokens(own, other.chunk_ids) // page_size * page_size for other in chunks}
+        most = max(alike, key=lambda other: alike[other], default=None)
+        if most is None or alike[most] <= cache.stored(own):
+            return False
+        return cache.keep_state(most.sequence, alike[most])
 
     def _rows(self, beside: int, others: bool) -> int:
         """Rows of prompts in the next step: as many as fit, or CHUNK_S where anybody else waits for its end."""
