@@ -7,7 +7,9 @@ from pathlib import Path
 
 from hetero_attn.errors import CheckpointError
 
-AHEAD_BYTES = 32 << 20  # most that the system is asked to fetch behind a read, while what was read is packed
+# Linux sees that reads follow each other, and fetches what comes next in large pages, by what lies before a read in its
+# cache: more than the read asks for. What it is told to fetch (POSIX_FADV_WILLNEED) it fetches in small pages.
+READ_BYTES = 1 << 20
 
 
 class RawFile:
@@ -23,6 +25,7 @@ class RawFile:
         """Open `path`; CheckpointError for anything but a regular file that can be read."""
         self.path = path
         self._fd = _open_regular(path, self.kind)
+        self._advise(0, 0, "POSIX_FADV_SEQUENTIAL")
         self._opened_as = self._stamp()
         self.size = self._opened_as[0]
 
@@ -50,8 +53,7 @@ class RawFile:
         done = 0
         try:
             while done < len(buffer):
-                # Linux reads at most 2 GiB in one call.
-                count = os.preadv(self._fd, [buffer[done : done + (1 << 30)]], offset + done)
+                count = os.preadv(self._fd, [buffer[done : done + READ_BYTES]], offset + done)
                 if count == 0:
                     break
                 done += count
@@ -62,10 +64,9 @@ class RawFile:
                 f"{self.path}: the file changed while it was in use (was {self.size} bytes, is {self._stamp()[0]}); "
                 "leave a checkpoint alone while it loads, then load it again"
             )
-        self._advise(offset + done, min(len(buffer), AHEAD_BYTES), "POSIX_FADV_WILLNEED")
 
     def _advise(self, offset: int, size: int, advice: str) -> None:
-        """Tell the system what will become of bytes of the file, where it can be told."""
+        """Tell the system what will become of bytes of the file, 0 for all behind `offset`, where it can be told."""
         if hasattr(os, "posix_fadvise"):
             with suppress(OSError):  # advice that a file system does not take is none the less only advice
                 os.posix_fadvise(self._fd, offset, size, getattr(os, advice))

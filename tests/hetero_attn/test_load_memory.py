@@ -86,10 +86,11 @@ def test_no_second_copy_is_held(large, dtype):
 def test_the_page_cache_is_given_back_where_both_do_not_fit(tmp_path, monkeypatch, free_share, is_given_back):
     given, path = [], tmp_path / "x"
     path.write_bytes(bytes(10_000))
+    file = RawFile(path)
     free = type("Memory", (), {"available": int(free_share * 10_000)})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, advice: given.append((at, size, advice)))
-    RawFile(path).close()
+    file.close()
 
     assert given == ([(0, 10_000, os.POSIX_FADV_DONTNEED)] if is_given_back else [])
 
