@@ -111,7 +111,7 @@ def in_order(builder, registers):
     """The same registers, on x86, by a way of no instruction: what follows LLVM begins after it, and so keeps less at
     once."""
     count, kind = len(registers), registers[0].type
-    ties = ",".join(["=x"] * count + [str(place) for place in range(count)])
+    ties = ",".join(["=v"] * count + [str(place) for place in range(count)])
     together = ir.FunctionType(ir.LiteralStructType([kind] * count), [kind] * count)
     kept = builder.asm(together, "", ties, registers, True)
     return [builder.extract_value(kept, place) for place in range(count)]

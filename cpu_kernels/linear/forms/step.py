@@ -28,6 +28,7 @@ from cpu_kernels.vectors.vector import (
     constant,
     emits,
     fma_value,
+    in_order,
     intp,
     load_as,
     prefetch_value,
@@ -70,6 +71,12 @@ class FormSums:
         self.takes_sums_of_16 = item.header == "K2S16" and self.starts is None and self.has_several_rows
         # Two-level scales are multiplied as products are widened.
         self.scales_products = item.header.startswith("K2") and self.has_several_rows and self.code_sums.takes_scales
+
+    @property
+    def takes_runs_in_turn(self) -> bool:
+        """Whether no run's words are put together before the run ahead of it is summed up: with AVX-512 the registers
+        hold several rows' sums and one run's words of two planes."""
+        return self.isa.has_avx512 and self.has_several_rows and self.item.plane in ("u5", "u6")
 
     @property
     def takes_halves(self) -> bool:
@@ -212,6 +219,8 @@ class FormSums:
             else:
                 dots = self.dots(b, word, record, part)
                 totals = [b.add(total, b.mul(dot, scale)) for total, dot in zip(totals, dots)]
+            if self.takes_runs_in_turn:
+                totals = in_order(b, totals)
         d = halves(b, superblock, 0)
         scaled = [b.fmul(b.sitofp(total, VF32), d) for total in totals]
         if signed:
