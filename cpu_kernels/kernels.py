@@ -211,15 +211,6 @@ class CpuKernels:
     def delta_step(
         self, projected: Tensor, gates: Tensor, rule: DeltaRule, states: Tensor, ids: Tensor, out: Tensor
     ) -> None:
-        """Rows of gated DeltaNet between its projections, each a token of a sequence whose state it changes.
-
-        projected: [rows, key_heads, unit_features], a unit being a query, a key, the values of its value heads, their
-        gates and padding. gates: [rows, 2 * value_heads or more], before their sigmoids the strengths, then what decays
-        are made of. states: [sequences, size], written: of a sequence the matrices [value_heads, key_dim, value_dim],
-        then the taps - 1 newest inputs of the convolution. ids: int64 [rows], the sequence of each row; rows of one
-        sequence are taken in their order. out: [rows, value_heads * value_dim], written. The same bits for any number
-        of threads.
-        """
         delta.delta_step(self._team, projected, gates, rule, states, ids, out)
 
     def add_sinks(self, sinks: Tensor, into: Partial) -> None:

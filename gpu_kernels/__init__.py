@@ -33,6 +33,7 @@ _MODULE_OF_OP = {
     "sigmoid_mul": "experts.routing",
     "clamped_silu_mul": "small.clamped",
     "norm_heads": "experts.routing",
+    "delta_step": "small.delta_step",
     "copy_rows": "row_copies",
     "add_rows": "row_copies",
 }

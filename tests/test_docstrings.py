@@ -32,6 +32,7 @@ OPS = (
     "sigmoid_mul",
     "clamped_silu_mul",
     "norm_heads",
+    "delta_step",
     "rope_append",
     "decode_attention",
     "prefill_attention",

@@ -24,6 +24,7 @@ both see the same numbers.
     sigmoid_mul  out *= 1 / (1 + exp(-gate))
     add_sinks   out *= 1 / (1 + exp(s - lse))
     norm_heads  q = q / sqrt(mean over all heads of q^2 + eps) * weight, k likewise
+    delta_step  S = g S + k u^T, u = b (v - g S^T k);  y = S^T q / sqrt(key_dim), RMS-normalised, * silu(z)
     rope        (a, b) -> (a cos - b sin, b cos + a sin) for the pairs (i, i + rotary_dim / 2);
                 then, for pages of codes, q and k times the Walsh-Hadamard matrix of kv_pages.spread
 
@@ -37,6 +38,7 @@ from gpu_kernels.reference.attention import (
     prefill_attention,
     rope_append,
 )
+from gpu_kernels.reference.delta import delta_step
 from gpu_kernels.reference.elementwise import (
     add_rows,
     clamped_silu_mul,
@@ -97,6 +99,7 @@ __all__ = [
     "combine",
     "copy_rows",
     "decode_attention",
+    "delta_step",
     "expert_linear",
     "gather_columns",
     "gelu",

@@ -1,104 +1,10 @@
 """delta_step against the rule in float64, head by head; its bits, its memory, and errors that the comparison must see."""
 
-from functools import partial
-from typing import NamedTuple
-
 import pytest
 import torch
-from torch.nn.functional import silu, softplus
 
-from cpu_kernels.contract import DeltaRule
 from tests.support.cpu_oracles import ISAS, guarded, kernels, nmse, only_inside_written
-
-EXACT = 1e-11  # NMSE of float32 arithmetic
-
-
-class Shape(NamedTuple):
-    """Heads and widths of a layer."""
-
-    key_heads: int
-    per_key: int
-    key_dim: int
-    value_dim: int
-    taps: int
-    is_tiled: bool = False
-
-    @property
-    def value_heads(self):
-        return self.key_heads * self.per_key
-
-    @property
-    def features(self):
-        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
-
-    @property
-    def state_size(self):
-        return self.value_heads * self.key_dim * self.value_dim + (self.taps - 1) * self.features
-
-
-PUBLISHED = Shape(16, 2, 128, 128, 4)
-SHAPES = (PUBLISHED, Shape(2, 3, 17, 20, 2, True), Shape(3, 1, 16, 112, 5), Shape(1, 2, 5, 70, 3, True))
-
-
-class Case(NamedTuple):
-    """What a call is given, but for where it writes."""
-
-    projected: torch.Tensor
-    gates: torch.Tensor
-    rule: DeltaRule
-    states: torch.Tensor
-    ids: torch.Tensor
-
-
-def drawn(shape, ids, padding=3):
-    """Decays from nearly none to nearly all, states that are not zero."""
-    generator = torch.Generator().manual_seed(shape.key_dim)
-    normal = partial(torch.randn, generator=generator)
-    rows, heads = len(ids), shape.value_heads
-    rates, bias = -2 * normal(heads).exp(), normal(heads)
-    rule = DeltaRule(normal(shape.taps, shape.features), rates, bias, normal(shape.value_dim), 1e-6, shape.is_tiled)
-    width = 2 * (shape.key_dim + shape.per_key * shape.value_dim) + padding
-    units, gates = normal(rows, shape.key_heads, width), 2 * normal(rows, 2 * heads + padding)
-    return Case(units, gates, rule, normal(4, shape.state_size), torch.tensor(ids))
-
-
-def oracle(shape, case, decay_last=False, forgets=False, turned=False, shares_keys=True, scale=True, tiled=None):
-    """(out, states) as the contract has it, in float64; the switches plant errors."""
-    states, outs = case.states.double(), []
-    for units, gates, sequence in zip(case.projected.double(), case.gates.double(), case.ids.tolist(), strict=True):
-        matrices = states[sequence, : shape.value_heads * shape.key_dim * shape.value_dim]
-        matrices = matrices.view(shape.value_heads, shape.key_dim, shape.value_dim)
-        kept = states[sequence, matrices.numel() :].view(shape.taps - 1, shape.features)
-        values = shape.per_key * shape.value_dim
-        widths = [shape.key_dim, shape.key_dim, values, values]
-        *qkv, z = (part.flatten() for part in units[:, : sum(widths)].split(widths, 1))
-        inputs = torch.cat([kept, torch.cat(qkv)[None]])
-        taps = case.rule.conv.double().flip(0) if turned else case.rule.conv.double()
-        mixed = silu((inputs * taps).sum(0))
-        kept.copy_(torch.zeros_like(kept) if forgets else inputs[1:].clone())
-        keys = shape.key_heads * shape.key_dim
-        q, k, v = mixed.split([keys, keys, shape.value_heads * shape.value_dim])
-        q, k = (unit(part.view(shape.key_heads, -1)) for part in (q, k))
-        q = q * shape.key_dim**-0.5 if scale else q
-        out = torch.zeros(shape.value_heads, shape.value_dim, dtype=torch.float64)
-        for head in range(shape.value_heads):
-            key = head // shape.per_key if shares_keys else head % shape.key_heads
-            a, b = gates[shape.value_heads + head], gates[head]
-            decay = torch.exp(case.rule.rates[head].double() * softplus(a + case.rule.dt_bias[head]))
-            own, value = matrices[head], v.view(shape.value_heads, -1)[head]
-            recalled = k[key] @ own * (1.0 if decay_last else decay)
-            own.copy_(decay * own + k[key][:, None] * (b.sigmoid() * (value - recalled)))
-            y = q[key] @ own
-            normed = y / torch.sqrt(y.square().mean() + case.rule.eps) * case.rule.norm
-            is_tiled = case.rule.is_tiled if tiled is None else tiled
-            place = head % shape.per_key * shape.key_heads + key if is_tiled else head
-            out[place] = normed * silu(z.view(shape.value_heads, -1)[head])
-        outs.append(out.flatten())
-    return torch.stack(outs), states
-
-
-def unit(x):
-    return x / torch.sqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+from tests.support.delta_cases import EXACT, SHAPES, Case, drawn, oracle
 
 
 def stepped(shape, case, isa=None, threads=2):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpu_kernels.contract import ChunkKeys, Pages, Partial, Picks, Rotation, RowKeys
+from cpu_kernels.contract import ChunkKeys, DeltaRule, Pages, Partial, Picks, Rotation, RowKeys
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -138,6 +138,16 @@ def rope_append(head_dim: int, norm: bool, dtype: torch.dtype = BF16) -> Callabl
     )
 
 
+def delta_step(per_key: int, rows: int = 1, key_dim: int = 128, value_dim: int = 128) -> Callable[[], None]:
+    """16 key heads; the gates, the state and the taps as a model has them."""
+    heads = 16 * per_key
+    features, sizes = 32 * key_dim + heads * value_dim, (key_dim, per_key * value_dim)
+    rule = DeltaRule(empty(features, 4).T, empty(heads), empty(heads), empty(value_dim), 1e-6)
+    projected, gates = empty(rows, 16, 2 * sum(sizes)), empty(rows, 2 * heads)
+    states, ids = empty(4, heads * key_dim * value_dim + 3 * features), empty(rows, dtype=torch.int64)
+    return lambda: gpu_kernels.delta_step(projected, gates, rule, states, ids, empty(rows, heads * value_dim))
+
+
 LESS_USUAL = sorted(set(WHOLE_FORMS) - {"q4", "q8", "mxfp4", "q4_k", "q6_k"})
 # launch: what to call, and the architectures of an ordinary run, which is every architecture for one launch of a kind
 # (decoding, prompts, one row, few rows by format, many in int8, rounding, experts) or for those of the kind together.
@@ -226,6 +236,10 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
         lambda: gpu_kernels.gather_columns(empty(4, HIDDEN), empty(HIDDEN, dtype=torch.int32), empty(4, HIDDEN)),
         (90,),
     ),
+    "delta_step": (delta_step(2), (80, 86, 89, 90, 120)),
+    "delta_step 3 of 8 rows": (delta_step(3, rows=8), (90,)),
+    "delta_step 256": (delta_step(2, key_dim=256, value_dim=256), (80,)),
+    "delta_step odd": (delta_step(1, key_dim=80, value_dim=48), (86,)),
     "rounded_norm q4": (rounded_norm("q4", 1), (80, 86, 89, 90, 120)),
     "rounded_norm q8 rows": (rounded_norm("q8", 16), (90,)),
     "rounded_norm prompt": (rounded_norm("q4", 512), (90,)),
@@ -283,6 +297,8 @@ def check(used: Resources, name: str, architecture: int) -> None:
         assert used.dp4a > 0 and used.wide_loads > 0, used
     if used.kernel in ("_gemv_kernel", "_flat_kernel"):
         assert used.loop_exchanges == 0, used
+    if used.kernel == "_delta_step_kernel":  # sums of columns pass through shared memory, the state does not
+        assert used.wide_loads > 0 and used.shared_bytes <= 8192, used
     if used.kernel == "_dequantize_kernel":
         assert used.wide_loads > 0 and used.shared_bytes == 0, used
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpu_kernels.contract import Pages, Partial, RowKeys
+from cpu_kernels.contract import DeltaRule, Pages, Partial, RowKeys
+from tests.support.delta_cases import EXACT, PUBLISHED, drawn, oracle
 from tests.support.kernel_data import boundary_adversarial, lse_error, nmse, oracle_decode, paged_cache
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
@@ -40,6 +41,27 @@ def test_a_captured_decode_attention_follows_the_device_side_range(counters):
 
         assert lse_error(lse, expected_lse) <= 1e-5
         assert nmse(out, expected, dims=(0, 2)) <= 1e-5
+
+
+def test_a_captured_delta_step_follows_ids_and_states():
+    """Of the published shape; states go on from one replay to the next, and rows change their sequences."""
+    case = drawn(PUBLISHED, [2, 0, 1], padding=16)
+    rule = DeltaRule(*(part.cuda() if isinstance(part, torch.Tensor) else part for part in case.rule))
+    projected, gates, states, ids = (part.cuda() for part in (case.projected, case.gates, case.states, case.ids))
+    out = torch.empty(3, PUBLISHED.value_heads * PUBLISHED.value_dim, device="cuda")
+    gpu_kernels.delta_step(projected, gates, rule, states, ids, out)  # compiles, which a capture may not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gpu_kernels.delta_step(projected, gates, rule, states, ids, out)
+    states.copy_(case.states)
+    for order in ([2, 0, 1], [0, 3, 2], [1, 1, 1], [3, 0, 3]):
+        ids.copy_(torch.tensor(order))
+        case = case._replace(ids=torch.tensor(order), states=states.cpu())
+        graph.replay()
+        expected, after = oracle(PUBLISHED, case)
+
+        assert nmse(out.cpu(), expected, dims=(0, 1)) <= EXACT
+        assert nmse(states.cpu(), after, dims=(0, 1)) <= EXACT
 
 
 @pytest.mark.parametrize("weight_dtype", ["q4", "q8", "bf16", "fp32"])

@@ -25,6 +25,7 @@ from hetero_attn.planning.settle import PlannedModel
 from hetero_attn.spec.config import ModelConfig
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Means, Plan, build_plan
+from tests.support.moe import make_moe
 from tests.support.runtime import nmse, one_device_run, run_logits, toy_workload, uniform_plan
 from tests.support.toy import FAMILIES, make_checkpoint
 
@@ -114,6 +115,20 @@ def test_in_order_and_overlapped_are_bit_equal(runs):
 
     for other in logits[1:]:
         assert torch.equal(other, logits[0])
+
+
+def test_tokens_of_layers_with_a_state_are_captured_with_the_same_bits(tmp_path):
+    """By every hand-over, the state's own; prompts are torch's."""
+    run = one_device_run(make_moe(tmp_path, "qwen3_next", layers=3), "bf16", tokens=40, prompt_tokens=24)
+    plan, logits = cuda_plan(run.path, "bf16", 0.3, 0.3), []
+    for handover in HANDOVERS:
+        engine = cuda_engine(run.path, plan, handover)
+        logits.append(run_logits(engine, run.token_ids, run.prompt_tokens))
+        assert engine.forward.can_replay(0) == (handover == "graph")
+        engine.close()
+
+    assert nmse(logits[0], run.logits) <= LIMITS["bf16"]
+    assert all(torch.equal(other, logits[0]) for other in logits[1:])
 
 
 @pytest.mark.parametrize("handover", HANDOVERS)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cpu_kernels.contract import ChunkKeys, Pages, Partial, Rotation, RowKeys
 from gpu_kernels import reference
+from tests.support.delta_cases import SHAPES, check_delta_step
 from tests.support.kernel_data import (
     boundary_adversarial,
     lse_error,
@@ -50,6 +51,11 @@ def merged(partials):
     into = Partial(*(torch.full_like(tensor, torch.nan) for tensor in partials[0]))
     reference.merge([Partial(*partial) for partial in partials], into)
     return into
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_delta_step(shape):
+    check_delta_step(reference.delta_step, "cpu", shape)
 
 
 @pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)

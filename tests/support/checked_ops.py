@@ -25,8 +25,9 @@ READ_TOO = (
     "add_expert_bias",
     "add_sinks",
     "sigmoid_mul",
+    "delta_step",
 )  # what they write
-OTHERS_WRITTEN = {"norm_heads": {"qkv"}}
+OTHERS_WRITTEN = {"norm_heads": {"qkv"}, "delta_step": {"states", "out"}}
 CHECKED_OPS = {
     "add_rows",
     "copy_rows",
@@ -47,6 +48,7 @@ CHECKED_OPS = {
     "sigmoid_mul",
     "clamped_silu_mul",
     "norm_heads",
+    "delta_step",
     "merge",
     "rope_append",
     *ONLY_READ,

@@ -14,7 +14,7 @@ from hetero_attn.tools.timeline.recording import CPU, MAIN, Entry, Recording
 
 WRITTEN = {"q", "pages", "out", "into", "target"}  # of rope_append, and of every other operation its results
 ONLY_READ = {"decode_attention": {"q", "pages"}, "prefill_attention": {"q", "pages"}}
-OTHERS_WRITTEN = {"norm_heads": {"qkv"}}
+OTHERS_WRITTEN = {"norm_heads": {"qkv"}, "delta_step": {"states", "out"}}
 OPS = ("add_rows", *(name for name in vars(Ops) if not name.startswith("_")))
 
 

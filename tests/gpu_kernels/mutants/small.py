@@ -8,6 +8,7 @@ import torch
 
 from tests.support import kernel_checks as checks
 from tests.support.code_pages import check_rope_append
+from tests.support.delta_cases import Shape, check_delta_step
 
 RMS_NORM = partial(checks.check_rms_norm, device="cpu", rows=2, hidden=100)
 SILU_MUL = partial(checks.check_silu_mul, device="cpu", rows=2, units=3)
@@ -29,6 +30,7 @@ ROPE = partial(
     rotary_dim=16,
     norms=(True, True),
 )
+DELTA = partial(check_delta_step, device="cpu", shape=Shape(2, 3, 12, 20, 3, True))
 SPREAD = partial(check_rope_append, device="cpu", kv_dtype="q4", head_dim=40)
 
 # name: (file, op, check, right text, wrong text)
@@ -143,6 +145,74 @@ MUTANTS = {
         SPREAD,
         "tl.join(a + b, a - b)",
         "tl.join(a + b, b - a)",
+    ),
+    "recalled by a state that has not decayed": (
+        "small/delta_step",
+        "delta_step",
+        DELTA,
+        "v - decay * tl.sum(",
+        "v - tl.sum(",
+    ),
+    "inputs are not kept": (
+        "small/delta_step",
+        "delta_step",
+        DELTA,
+        "tl.store(kept + (TAPS - 2) * WIDTH, newest, mask=inside)",
+        "tl.debug_barrier()",
+    ),
+    "kept inputs do not move": (
+        "small/delta_step",
+        "delta_step",
+        DELTA,
+        "tl.load(kept + (tap + 1) * WIDTH",
+        "tl.load(kept + tap * WIDTH",
+    ),
+    "inputs of another key head": (
+        "small/delta_step",
+        "delta_step",
+        DELTA,
+        "is_key * (KEY_HEADS * KEY_DIM) + head * KEY_DIM",
+        "is_key * (KEY_HEADS * KEY_DIM)",
+    ),
+    "values of the first head": (
+        "small/delta_step",
+        "delta_step",
+        DELTA,
+        "unit + 2 * KEY_DIM + value * VALUE_DIM",
+        "unit + 2 * KEY_DIM",
+    ),
+    "queries that are not scaled": ("small/delta_step", "delta_step", DELTA, "axis=0) * scale", "axis=0)"),
+    "lengths over the padded key": ("small/delta_step", "delta_step", DELTA, "pair % KEY_PAD < KEY_DIM", "pair >= 0"),
+    "strengths for decays": ("small/delta_step", "delta_step", DELTA, "KEY_HEADS * PER_KEY + of_head)", "of_head)"),
+    "delta norm without epsilon": ("small/delta_step", "delta_step", DELTA, "/ VALUE_DIM + eps", "/ VALUE_DIM"),
+    "delta norm over the padded head": (
+        "small/delta_step",
+        "delta_step",
+        DELTA,
+        "/ VALUE_DIM + eps",
+        "/ COLUMNS + eps",
+    ),
+    "value heads in the other order": ("small/delta_step", "delta_step", DELTA, "if IS_TILED", "if not IS_TILED"),
+    "a later row of a sequence is left out": (
+        "small/delta_step",
+        "delta_step",
+        DELTA,
+        "tl.sum(is_own.to(tl.int32), axis=0), 0)",
+        "1, 0)",
+    ),
+    "a later row of a sequence is taken twice": (
+        "small/delta_step",
+        "delta_step",
+        DELTA,
+        "ROWS_PAD), axis=0) == first",
+        "ROWS_PAD), axis=0) <= first",
+    ),
+    "the state of the row's number": (
+        "small/delta_step",
+        "delta_step",
+        DELTA,
+        "states + sequence * states_row",
+        "states + first * states_row",
     ),
     "slot of another KV head": ("rope", "rope_append", ROPE, "slots_stride + kv_head)", "slots_stride)"),
 }

@@ -1,0 +1,193 @@
+"""delta_step: a token of gated DeltaNet of some sequences, between its projections.
+
+    q, k, v  = silu(sum over taps of tap * input, the newest input's last);  k = k / |k|, q = q / |q| / sqrt(key_dim)
+    decay    = exp(rate * softplus(a + dt_bias)), strength = sigmoid(b)
+    S        = decay S + k u^T,  u = strength (v - decay S^T k);  y = S^T q
+    out      = y / sqrt(mean(y^2) + eps) * norm * silu(z)
+
+A program is a key head of a sequence with the value heads that share it: the inputs that these keep and their states
+are no other program's, so nothing is read by one that another writes. Where several rows are of one sequence, the
+programs of the first one take them all, in their order. A state is read and written once, in registers between:
+columns of it depend on each other in the norm alone, so large ones are taken some columns at a time.
+
+Threads of a program may hold the same numbers, each of which has read them: a barrier stands before what is written
+over numbers that were read, and behind a row. The inputs of the convolution are taken tap by tap: over a tile of taps
+the compiler would turn the layout of the whole state round to that of the taps, by way of shared memory.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cpu_kernels.contract import DeltaRule
+from gpu_kernels.elementwise import ordered_exp
+from gpu_kernels.launching import Kernel, Shape
+from gpu_kernels.reference.delta import L2_EPS, DeltaSizes, delta_sizes
+
+TILE = 16384  # numbers of a state at once: all of a published head, whose loads are then all on their way together
+EPSILON = tl.constexpr(L2_EPS)
+
+
+@triton.jit
+def _silu(x):
+    return x / (1.0 + ordered_exp(-x))
+
+
+@triton.jit
+def _decay(rate, value):
+    """exp(rate * softplus(value)). log(1 + t) is 2 artanh(t / (2 + t)), whose series has all digits of a small t; of
+    a logarithm near 1 a GPU has few, and a state is multiplied by thousands of decays."""
+    t = ordered_exp(-tl.abs(value))
+    s = t / (2.0 + t)
+    square = s * s
+    series = 1.0 / 9 + square * (1.0 / 11 + square * (1.0 / 13 + square * (1.0 / 15)))
+    series = 1.0 + square * (1.0 / 3 + square * (1.0 / 5 + square * (1.0 / 7 + square * series)))
+    return ordered_exp(rate * (tl.maximum(value, 0.0) + 2.0 * s * series))
+
+
+@triton.jit
+def _convolved(
+    new, kept, conv, columns, features, inside, conv_tap, conv_feature, WIDTH: tl.constexpr, TAPS: tl.constexpr
+):
+    """What the convolution makes of `columns` of a unit, which are its `features`; the kept inputs move up."""
+    kept, conv = kept + features, conv + features * conv_feature
+    newest = tl.load(new + columns, mask=inside, other=0.0)
+    total = newest * tl.load(conv + (TAPS - 1) * conv_tap, mask=inside, other=0.0)
+    for tap in tl.static_range(TAPS - 1):
+        older = tl.load(kept + tap * WIDTH, mask=inside, other=0.0)
+        total += older * tl.load(conv + tap * conv_tap, mask=inside, other=0.0)
+    tl.debug_barrier()
+    for tap in tl.static_range(TAPS - 2):
+        tl.store(kept + tap * WIDTH, tl.load(kept + (tap + 1) * WIDTH, mask=inside, other=0.0), mask=inside)
+    tl.store(kept + (TAPS - 2) * WIDTH, newest, mask=inside)
+    return _silu(total)
+
+
+@Kernel
+@triton.jit(do_not_specialize=["rows"])
+def _delta_step_kernel(
+    x,
+    gates,
+    conv,
+    rates,
+    dt_bias,
+    norm,
+    states,
+    ids,
+    out,
+    rows,
+    eps,
+    scale,
+    x_row,
+    x_head,
+    gates_row,
+    conv_tap,
+    conv_feature,
+    states_row,
+    out_row,
+    KEY_HEADS: tl.constexpr,
+    PER_KEY: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    TAPS: tl.constexpr,
+    IS_TILED: tl.constexpr,
+    KEY_PAD: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+):
+    """grid: (key_heads, rows). x: [rows, key_heads, 2 key_dim + 2 per_key value_dim or more]; gates: [rows, 2
+    value_heads or more]; conv: [taps, features]; states: [sequences, size]; ids: int64 [rows]; the others as in
+    `DeltaRule`. scale: 1 / sqrt(key_dim). BLOCKS blocks of COLUMNS are a value head's."""
+    head, first = tl.program_id(0), tl.program_id(1)
+    width: tl.constexpr = (2 * KEY_DIM + PER_KEY * VALUE_DIM) * KEY_HEADS
+    index = tl.arange(0, ROWS_PAD)
+    sequence = tl.load(ids + first)
+    is_own = tl.load(ids + index, mask=index < rows, other=-1) == sequence
+    is_first = tl.min(tl.where(is_own, index, ROWS_PAD), axis=0) == first
+    turns = tl.where(is_first, tl.sum(is_own.to(tl.int32), axis=0), 0)
+    state = states + sequence * states_row
+    kept = state + KEY_HEADS * PER_KEY * KEY_DIM * VALUE_DIM
+    pair = tl.arange(0, 2 * KEY_PAD)
+    is_key = pair // KEY_PAD
+    in_pair = pair % KEY_PAD < KEY_DIM
+    of_pair = pair % KEY_PAD + is_key * (KEY_HEADS * KEY_DIM) + head * KEY_DIM
+    key = tl.arange(0, KEY_PAD)
+    row = first
+    for _ in range(turns):
+        at = row.to(tl.int64)
+        unit, row_gates, row_out = x + at * x_row + head * x_head, gates + at * gates_row, out + at * out_row
+        in_unit = pair % KEY_PAD + is_key * KEY_DIM
+        both = _convolved(unit, kept, conv, in_unit, of_pair, in_pair, conv_tap, conv_feature, width, TAPS).reshape(
+            2, KEY_PAD
+        )
+        both *= tl.rsqrt(tl.sum(both * both, axis=1) + EPSILON)[:, None]
+        is_second = tl.arange(0, 2)[:, None] == 1
+        k = tl.sum(tl.where(is_second, both, 0.0), axis=0)
+        q = tl.sum(tl.where(is_second, 0.0, both), axis=0) * scale
+        for value in range(PER_KEY):
+            of_head = head * PER_KEY + value
+            strength = 1.0 / (1.0 + ordered_exp(-tl.load(row_gates + of_head)))
+            gate = tl.load(row_gates + KEY_HEADS * PER_KEY + of_head)
+            decay = _decay(tl.load(rates + of_head), gate + tl.load(dt_bias + of_head))
+            own, values = state + of_head * (KEY_DIM * VALUE_DIM), unit + 2 * KEY_DIM + value * VALUE_DIM
+            y = tl.zeros([BLOCKS, COLUMNS], tl.float32)
+            for block in range(BLOCKS):
+                column = block * COLUMNS + tl.arange(0, COLUMNS)
+                in_head = column < VALUE_DIM
+                cell = own + key[:, None] * VALUE_DIM + column[None, :]
+                inside = (key < KEY_DIM)[:, None] & in_head[None, :]
+                matrix = tl.load(cell, mask=inside, other=0.0)
+                feature = 2 * KEY_HEADS * KEY_DIM + of_head * VALUE_DIM + column
+                v = _convolved(values, kept, conv, column, feature, in_head, conv_tap, conv_feature, width, TAPS)
+                change = strength * (v - decay * tl.sum(k[:, None] * matrix, axis=0))
+                matrix = decay * matrix + k[:, None] * change[None, :]
+                tl.debug_barrier()
+                tl.store(cell, matrix, mask=inside)
+                is_block = tl.arange(0, BLOCKS)[:, None] == block
+                y = tl.where(is_block, tl.sum(q[:, None] * matrix, axis=0)[None, :], y)
+            column = tl.arange(0, BLOCKS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+            inside = column < VALUE_DIM
+            inverse = tl.rsqrt(tl.sum(tl.sum(y * y, axis=1), axis=0) / VALUE_DIM + eps)
+            z = tl.load(values + PER_KEY * VALUE_DIM + column, mask=inside, other=0.0)
+            normed = y * inverse * tl.load(norm + column, mask=inside, other=0.0) * _silu(z)
+            place = value * KEY_HEADS + head if IS_TILED else of_head
+            tl.store(row_out + place * VALUE_DIM + column, normed, mask=inside)
+        tl.debug_barrier()
+        row = tl.min(tl.where(is_own & (index > row), index, ROWS_PAD), axis=0)
+
+
+def delta_step(projected: Tensor, gates: Tensor, rule: DeltaRule, states: Tensor, ids: Tensor, out: Tensor) -> None:
+    sizes, rows = delta_sizes(projected, gates, rule, states, ids, out), projected.shape[0]
+    assert projected.stride(2) == gates.stride(1) == states.stride(1) == out.stride(1) == 1, "rows have gaps inside"
+    if rows:
+        _delta_step_kernel.launch(
+            (sizes.key_heads, rows, 1),
+            (projected, gates, rule.conv, rule.rates, rule.dt_bias, rule.norm, states, ids, out),
+            (rows, rule.eps, sizes.key_dim**-0.5),
+            (*projected.stride()[:2], gates.stride(0), *rule.conv.stride(), states.stride(0), out.stride(0)),
+            _shape(sizes, rule.is_tiled, triton.next_power_of_2(rows)),
+        )
+
+
+@functools.cache
+def _shape(sizes: DeltaSizes, is_tiled: bool, rows: int) -> Shape:
+    key_pad, value_pad = triton.next_power_of_2(sizes.key_dim), triton.next_power_of_2(sizes.value_dim)
+    columns = min(value_pad, max(1, TILE // key_pad))
+    return Shape(
+        KEY_HEADS=sizes.key_heads,
+        PER_KEY=sizes.per_key,
+        KEY_DIM=sizes.key_dim,
+        VALUE_DIM=sizes.value_dim,
+        TAPS=sizes.taps,
+        IS_TILED=is_tiled,
+        KEY_PAD=key_pad,
+        COLUMNS=columns,
+        BLOCKS=value_pad // columns,
+        ROWS_PAD=rows,
+        num_warps=max(4, min(16, key_pad * columns // 1024)),
+    )
