@@ -74,8 +74,7 @@ class Forward:
         self.is_running = False
         self._passes_caller: dict[int, bool] = {}
         self._watch: Callable[[int, torch.Tensor], None] | None = None
-        on_host = lanes.device is None
-        self._records = all(block.records and (on_host or block.captures) for block in weights.spec.blocks)
+        self._records = all(block.records for block in weights.spec.blocks)
         self.replay = self._make_replay() if replay else None
 
     def _make_replay(self) -> DecodeReplay | GraphReplay | None:

@@ -1,12 +1,12 @@
 """Gated DeltaNet: attention whose memory of a sequence is a matrix a head, whatever its length.
 
     q, k, v, z = in(norm(residual)), b, a = gates norm(residual);   q, k, v = silu(convolution over time of each)
-    g = -exp(a_log) softplus(a + dt_bias), strength = sigmoid(b);   o = gated delta rule, see `ops.delta`
+    g = rate softplus(a + dt_bias), strength = sigmoid(b);   o = gated delta rule, see `ops.delta`
     residual += out(rms_norm(o) * silu(z))
 
 The linears are cut over the lanes; what is between them is computed where the residual stream lives, and each
-sequence's state lies there. On the CPU single tokens are one operation of the kernels, `delta_step`; torch computes
-prompts, in chunks, and all that is on a GPU.
+sequence's state lies there. Single tokens are one operation of the kernels, `delta_step`; torch computes prompts, in
+chunks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from cpu_kernels.formats.weights import BLOCK_FEATURES
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.block import Block, BlockWeights, FixedView, Norm, normed_linear
 from hetero_attn.models.workspace import Workspace
-from hetero_attn.ops.delta import DeltaTokens, gated_delta, one_token, short_convolution, unit_length
+from hetero_attn.ops.delta import DeltaTokens, gated_delta, short_convolution, unit_length
 from hetero_attn.ops.linear import SplitInput, linear_add
 from hetero_attn.ops.run import Run
 from hetero_attn.spec.decoder.delta import GATES, DeltaDeclaration
@@ -53,7 +53,7 @@ class DeltaNet(DeltaDeclaration, Block):
         normed_linear(lanes, tier, Norm.of(self._config, weights), first, work, projected)
         lanes.pull(projected, first.device_features(tier), self.first.out_features)
         parts = DeltaRows(projected.main, self._gates(lanes, weights, work), out.main)
-        if lanes.device is None and run.step.is_one_by_one:
+        if run.step.is_one_by_one:
             self._step(lanes, weights, state.values, state.sequence_ids, parts)
         else:
             self._mix_runs(run, weights, state, parts)
@@ -77,10 +77,10 @@ class DeltaNet(DeltaDeclaration, Block):
         sequence_ids, kept = run.step.sequence_ids.host.tolist(), run.step.kept_states
         for rows, sequences in runs_of(sequence_ids, [stop for stop, _ in kept]):
             ids = state.sequence_ids[rows]
-            if run.lanes.device is None and len(ids) == sequences:
+            if len(ids) == sequences:
                 self._step(run.lanes, weights, state.values, ids, parts.of(rows))
             else:
-                self._mix(weights, state.values, ids, parts.of(rows), sequences)
+                self._mix(weights, state.values, ids[:1], parts.of(rows))
             for stop, place in kept:
                 if rows.start < stop <= rows.stop:
                     state.keep(sequence_ids[stop - 1], place)
@@ -88,40 +88,31 @@ class DeltaNet(DeltaDeclaration, Block):
     def _step(
         self, lanes: Lanes, weights: BlockWeights, states: torch.Tensor, ids: torch.Tensor, parts: DeltaRows
     ) -> None:
-        """Single tokens on the CPU."""
+        """Single tokens."""
         units = parts.projected.unflatten(1, (self._delta.key_heads, -1))
-        lanes.host_ops.delta_step(units, parts.gates, self._rule(weights), states, ids, parts.out)
+        lanes.main_ops.delta_step(units, parts.gates, self._rule(lanes, weights), states, ids, parts.out)
 
-    def _rule(self, weights: BlockWeights) -> DeltaRule:
+    def _rule(self, lanes: Lanes, weights: BlockWeights) -> DeltaRule:
+        """Of the vectors where they lie; the CPU's vectors need the features of a tap side by side."""
         if "rule" not in weights.made:
-            taps, eps = weights.vector("conv").main.T.contiguous(), self._config.rms_norm_eps
-            bias, norm = weights.vector("dt_bias").main, weights.vector("out_norm").main
-            weights.made["rule"] = DeltaRule(taps, self._rates(weights), bias, norm, eps, self._delta.is_tiled)
+            taps, eps = weights.vector("conv").main.T, self._config.rms_norm_eps
+            taps = taps.contiguous() if lanes.device is None else taps
+            rates, bias, norm = (weights.vector(name).main for name in ("rates", "dt_bias", "out_norm"))
+            weights.made["rule"] = DeltaRule(taps, rates, bias, norm, eps, self._delta.is_tiled)
         return weights.made["rule"]
 
-    def _rates(self, weights: BlockWeights) -> torch.Tensor:
-        rates = weights.vector("a_log").main
-        return rates if self._delta.has_rates else -rates.exp()
-
-    def _mix(
-        self, weights: BlockWeights, states: torch.Tensor, ids: torch.Tensor, parts: DeltaRows, sequences: int
-    ) -> None:
-        """Rows of so many sequences, each the same number of tokens. ids: the sequence of each row."""
+    def _mix(self, weights: BlockWeights, states: torch.Tensor, ids: torch.Tensor, parts: DeltaRows) -> None:
+        """Rows of one sequence. ids: int64 [1], which."""
         delta = self._delta
-        projected, gates, out = (part.unflatten(0, (sequences, -1)) for part in parts)
-        ids = ids[:: out.shape[1]]
+        projected, gates, out = (part[None] for part in parts)
         kept = states.index_select(0, ids)
-        matrices = kept[:, : self.matrix_size].view(sequences, delta.value_heads, delta.key_dim, delta.value_dim)
-        inputs = kept[:, self.matrix_size :].view(sequences, delta.kernel - 1, delta.conv_width)
+        matrices = kept[:, : self.matrix_size].view(1, delta.value_heads, delta.key_dim, delta.value_dim)
+        inputs = kept[:, self.matrix_size :].view(1, delta.kernel - 1, delta.conv_width)
         units = projected.unflatten(-1, (delta.key_heads, -1))
         widths = [delta.rows_per_key_head(name) for name in ("delta_q", "delta_k", "delta_v", "delta_z")]
         *qkv, z = (part.flatten(2) for part in units[..., : sum(widths)].split(widths, -1))
         mixed, inputs = short_convolution(torch.cat(qkv, -1), inputs, weights.vector("conv").main)
-        tokens = self._tokens(weights, silu(mixed), gates)
-        if out.shape[1] == 1:
-            mixed = one_token(tokens, matrices)
-        else:
-            mixed, matrices = gated_delta(tokens, matrices)
+        mixed, matrices = gated_delta(self._tokens(weights, silu(mixed), gates), matrices)
         states.index_copy_(0, ids, torch.cat([matrices.flatten(1), inputs.flatten(1)], 1))
         mixed = mixed.transpose(1, 2)  # (sequences, tokens, heads, value_dim)
         inverse = torch.rsqrt(mixed.square().mean(-1, keepdim=True) + self._config.rms_norm_eps)
@@ -140,7 +131,7 @@ class DeltaNet(DeltaDeclaration, Block):
             for part in (q, k)
         )
         b, a = (gates[..., start : start + delta.value_heads] for start in (0, delta.value_heads))
-        decay = self._rates(weights) * softplus(a + weights.vector("dt_bias").main)
+        decay = weights.vector("rates").main * softplus(a + weights.vector("dt_bias").main)
         heads = (q * delta.key_dim**-0.5, k, v.unflatten(-1, (delta.value_heads, -1)), decay, b.sigmoid())
         return DeltaTokens(*(part.transpose(1, 2) for part in heads))
 

@@ -37,16 +37,6 @@ def unit_length(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
 
-def one_token(tokens: DeltaTokens, state: Tensor) -> Tensor:
-    """Out like v, of one token of each sequence as the rule has it; the state is written in place: memory is what a
-    step of it costs."""
-    state.mul_(tokens.decay.exp()[..., None])
-    update = tokens.strength[..., None] * (tokens.v - tokens.k @ state)
-    for own, key, change in zip(state, tokens.k.mT, update, strict=True):  # sequences may lie apart
-        own.baddbmm_(key, change)
-    return tokens.q @ state
-
-
 def gated_delta(tokens: DeltaTokens, state: Tensor) -> tuple[Tensor, Tensor]:
     """(out like v, the state behind the tokens) from the state in front of them, [sequences, heads, key_dim,
     value_dim]."""

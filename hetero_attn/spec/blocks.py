@@ -19,13 +19,15 @@ KEPT = "kept"  # the buffer, and the region, of the residual streams that are ke
 @dataclass(frozen=True, slots=True)
 class Vector:
     """A float32 vector of a block, such as a norm's weight. offset, scale: what the checkpoint holds counts as
-    (values + offset) * scale. tensor: None where no checkpoint holds it, whose values count as zeros."""
+    (values + offset) * scale; is_log_rate: as -exp(values) instead. tensor: None where no checkpoint holds it, whose
+    values count as zeros."""
 
     name: str
     tensor: str | None
     features: int
     offset: float = 0.0
     scale: float = 1.0
+    is_log_rate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +84,8 @@ class Declaration:
     kind: what it is called in its layer. linears: in the order they run. small_calls: operations of a step beside
     linears and attention. rope: the rotary tables that it reads. stored: the buffer whose rows its cache takes.
     records: whether a decode step of it may be recorded: on the CPU that asks that all it computes are operations of
-    the CPU kernels, which torch's own are not. captures: whether it may where a GPU takes part. reorders: whether it
-    brings rows into the order in which a linear has its inputs, where that is not the model's.
+    the CPU kernels, which torch's own are not. reorders: whether it brings rows into the order in which a linear has
+    its inputs, where that is not the model's.
     """
 
     kind: str
@@ -97,7 +99,6 @@ class Declaration:
     rope: RopeConfig | None = None
     stored: str | None = None
     records: bool = True
-    captures: bool = True
     reorders: bool = False
 
     @property

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gpu_kernels import reference
 from hetero_attn import LLM, SamplingParams
 from hetero_attn.checkpoints.sources import open_source
 from hetero_attn.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -17,6 +18,7 @@ from hetero_attn.ops import delta
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.tools.timeline.simulate import Simulation
 from placement.machine.hardware import HardwareProfile
+from tests.support.fake_engine import fake_engine
 from tests.support.moe import make_moe, moe_logits
 from tests.support.runtime import cpu_plan, decoded_together, make_engine, nmse, run_logits, toy_workload, uniform_plan
 from tests.support.toy import edit_json
@@ -231,11 +233,51 @@ def test_tokens_are_recorded_where_no_gpu_takes_part(path):
         assert engine.forward.can_replay(0) == recorded
         assert not recorded or len(engine.forward.replay.program(1)) > 0
         engine.close()
-    engine = make_engine(path, uniform_plan(toy_workload(path), 0.5, 0.2, 1))
-    assert not engine.forward.can_replay(0)
-    engine.close()
 
     assert torch.equal(*found)
+
+
+def steps_for_cuda(path, handover):
+    """Logits of steps of two sequences, whose prompts are single tokens too, in one order and in the other; and what
+    was captured."""
+    plan, tokens = uniform_plan(toy_workload(path), 0.5, 0.2, 1), iter(TOKENS)
+    with fake_engine(path, plan, handover=handover, slack_bytes=1 << 18) as engine:
+        sequences, rows = [engine.kv_cache.open(), engine.kv_cache.open()], []
+        for sequence, count in zip(sequences, (3, 5), strict=True):
+            for _ in range(count):
+                engine.prefill(sequence, [next(tokens)])
+        for order in (1, 1, 1, -1, -1, 1, -1):
+            found = engine.decode_step(sequences[::order], [next(tokens), next(tokens)][::order])
+            rows.append(found.clone() if order == 1 else found.flip(0))
+        captured = engine.forward.replay and [bool(each) for each in engine.forward.replay._captured.values()]
+    return torch.cat(rows), captured
+
+
+def test_a_captured_step_follows_the_ids_of_its_sequences(path):
+    """The CUDA driver over its stand-ins: recorded once for two rows, whichever sequence is first; bits of the plain
+    path, and of transformers the logits."""
+    plain, nothing = steps_for_cuda(path, "flags")
+    found, captured = steps_for_cuda(path, "graph")
+    tokens = [[*TOKENS[:3], *TOKENS[8:22:2]], [*TOKENS[3:8], *TOKENS[9:22:2]]]
+    expected = [moe_logits(path, each)[-7:] for each in tokens]
+
+    assert captured == [True] and nothing is None
+    assert torch.equal(found, plain)
+    assert nmse(found.view(7, 2, -1), torch.stack(expected, 1)) <= EXACT
+
+
+def test_a_captured_step_with_the_ids_of_another_step_shows(models, monkeypatch):
+    """Planted: sequence ids that are not read where the step finds them."""
+    path, right = models["qwen3_next"], reference.delta_step
+    plain, _ = steps_for_cuda(path, "graph")
+    monkeypatch.setattr(
+        reference,
+        "delta_step",
+        lambda *given: right(*given[:4], torch.arange(len(given[4])), given[5]) if len(given[4]) > 1 else right(*given),
+    )
+    wrong, _ = steps_for_cuda(path, "graph")
+
+    assert nmse(wrong, plain) > 100 * EXACT
 
 
 @pytest.mark.parametrize("name", ["sigmoid_mul", "scale_rows"])
@@ -325,19 +367,3 @@ def test_lanes_of_a_model_with_states_are_not_simulated(models):
 
     with pytest.raises(UnsupportedModelError, match="Qwen3NextForCausalLM is not simulated"):
         Simulation(ModelConfig.from_dir(path), plan, HardwareProfile.named("emulated"))
-
-
-def test_one_token_is_the_rule_itself():
-    """In place, and beside a chunk of one, which solves a system."""
-    generator = torch.Generator().manual_seed(3)
-
-    def drawn(*shape):
-        return torch.randn(2, 3, *shape, generator=generator)
-
-    tokens = delta.DeltaTokens(drawn(1, 8), drawn(1, 8), drawn(1, 6), -drawn(1).abs(), drawn(1).sigmoid())
-    state = torch.randn(2, 160, generator=generator)[:, : 3 * 8 * 6].view(2, 3, 8, 6)  # sequences lie apart
-    expected, after = one_by_one(tokens, state)
-    chunked, _ = delta.gated_delta(tokens, state)
-    out = delta.one_token(tokens, state)
-
-    assert nmse(out, expected) <= EXACT and nmse(chunked, expected) <= EXACT and nmse(state, after) <= EXACT

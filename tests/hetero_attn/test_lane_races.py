@@ -222,6 +222,16 @@ def test_what_is_kept_for_a_head_is_right_and_without_a_race(runs, handover: str
             assert nmse(engine.kept(sequence, stop - start), expected[start:stop]) <= LIMIT
 
 
+@pytest.mark.parametrize("handover", ["events", "flags"])
+def test_tokens_of_layers_with_a_state_are_right_and_without_a_race(tmp_path: Path, handover: str) -> None:
+    """One by one from the beginning: what torch computes of longer prompts makes tensors outside of the arena."""
+    run = one_device_run(make_moe(tmp_path, "qwen3_next", layers=3), "fp32", tokens=10, prompt_tokens=6)
+    with simulated(run.path, spilling_plan(run.path), handover) as engine:
+        actual = run_logits(engine, run.token_ids, 1)
+
+    assert nmse(actual, run.logits) <= 1e-9  # a prompt's states are summed in chunks
+
+
 def run_of_chunks(path: Path, plan: Plan, handover: str) -> torch.Tensor:
     """Logits of a prompt whose first chunks are left running while the next is prepared, and of a token."""
     with simulated(path, plan, handover) as engine:

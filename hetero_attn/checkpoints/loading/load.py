@@ -231,6 +231,7 @@ class Loader:
             values = torch.zeros(vector.features, dtype=torch.float32, device="cpu")
         else:
             values = self._numbers.vector(vector.tensor)
+        values = -values.exp() if vector.is_log_rate else values
         values = values + vector.offset if vector.offset else values
         return self._on_both(values * vector.scale if vector.scale != 1.0 else values)
 

@@ -16,13 +16,11 @@ class DeltaDeclaration(Declaration):
     """The gated DeltaNet of a layer.
 
     A unit of its first linear is a key head: [query | key | its values | their gates]. The state holds the matrices of
-    all value heads, then the last inputs of the convolution. On a GPU torch computes what is between its linears, so no
-    step is captured there.
+    all value heads, then the last inputs of the convolution.
     """
 
     kind = "delta"
     small_calls = 12  # norm, gates, convolution, norms of queries and keys, recurrence, norm and gate of the output
-    captures = False
 
     def __init__(self, config: ModelConfig, delta: DeltaConfig, layer: int, formats: WeightFormats) -> None:
         self.layer, self._config, self._delta = layer, config, delta
@@ -30,10 +28,10 @@ class DeltaDeclaration(Declaration):
         self.state = FixedState((self.matrix_size + (delta.kernel - 1) * delta.conv_width,))
         self.first, self.out = _linears(config, delta, layer, formats)
         self.linears = (self.first, self.out)
-        kinds = (("a_log", "delta", "A_log"), ("dt_bias", "delta", "dt_bias"))
         self.vectors = (
             *norm_vectors(config, "attention_norm", layer),
-            *(Vector(name, tensor_name(part, layer, kind), delta.value_heads) for name, part, kind in kinds),
+            Vector("rates", tensor_name("delta", layer, "A_log"), delta.value_heads, is_log_rate=not delta.has_rates),
+            Vector("dt_bias", tensor_name("delta", layer, "dt_bias"), delta.value_heads),
             Vector("out_norm", tensor_name("delta_norm", layer), delta.value_dim),
         )
         gate_rows = round_up(2 * delta.value_heads, BLOCK_FEATURES)

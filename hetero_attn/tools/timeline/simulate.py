@@ -77,14 +77,15 @@ class Timeline:
 class Simulation:
     """A plan on a machine; every call simulates one step or prompt of one sequence.
 
-    Raises UnsupportedModelError for a model whose sequences have states of fixed size: its steps are not captured.
+    Raises UnsupportedModelError for a model whose sequences have states of fixed size: torch computes what its prompts
+    make of them, and a recording holds operations of ours alone.
     """
 
     def __init__(self, config: ModelConfig, plan: Plan, hardware: HardwareProfile) -> None:
         if plan.workload.states:
             raise UnsupportedModelError(
-                f"{config.architecture} is not simulated: steps of layers with a state of fixed size are not captured; "
-                "`plan` predicts its speed"
+                f"{config.architecture} is not simulated: prompts of layers with a state of fixed size are computed by "
+                "torch, which is not recorded; `plan` predicts its speed"
             )
         self._engine, self.recording = blank_engine(config, plan)
         self._hardware, self._vocab = hardware, config.vocab_size
