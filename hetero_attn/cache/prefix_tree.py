@@ -56,9 +56,7 @@ class PrefixTree:
                 node.children[tokens] = Node(node, tokens, [None] * len(self._pools))
             node = node.children[tokens]
             for index, pool in enumerate(self._pools):
-                page = pool.held(sequence_id).get(logical)
-                if node.pages[index] is None and page is not None and page.node is None:
-                    node.pages[index], page.node = page, node
+                self._note(node, index, pool.held(sequence_id).get(logical))
             self._states.settle(sequence_id, (logical + 1) * size, node)
         self._prune(node)
 
@@ -81,6 +79,17 @@ class PrefixTree:
             for page in node.pages:
                 if page is not None:
                     self.forget(page)
+
+    def _note(self, node: Node, index: int, page: Page | None) -> None:
+        """Remember a page of a pool at a node, also in the place of one that nobody holds: of two that say the same the
+        one of latest use stays, as long as what follows it."""
+        known = node.pages[index]
+        if page is None or page.node is not None or (known is not None and known.holders):
+            return
+        node.pages[index], page.node = page, node
+        if known is not None:
+            known.node = None
+            self._pools[index].drop(known)
 
     def _path(self, token_ids: Sequence[Hashable]) -> list[Node]:
         node, path, size = self._root, [], self._page_size
