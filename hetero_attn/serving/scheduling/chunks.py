@@ -45,8 +45,9 @@ class PromptChunks:
         cache, page_size = self._engine.kv_cache, self._engine.plan.page_size
         chunks, pages = {}, cache.max_new_pages
         for request in [request for request in prompts if request.scores is None]:
-            waits = self._waits_for(request, chunks)  # whether there are rows for it or not: others keep what it shares
-            if rows > 0 and pages != 0 and not waits:
+            has_rows = rows > 0 and pages != 0
+            looks = has_rows or cache.prefix_states  # without rows too, so that others keep the state that it shares
+            if looks and not self._waits_for(request, chunks) and has_rows:
                 if request.computed == 0:
                     # All but its last token, whose logits are wanted.
                     known = request.chunk_ids[: self._reusable(request.chunk_ids)]
@@ -65,7 +66,7 @@ class PromptChunks:
         if request.computed or not cache.remembers:
             return False
         own = request.chunk_ids[:-1]
-        alike = {other: _common_tokens(own, other.chunk_ids) // page_size * page_size for other in chunks}
+        alike = {other: _alike(own, other.chunk_ids, page_size) for other in chunks}
         most = max(alike, key=lambda other: alike[other], default=None)
         if most is None or alike[most] <= cache.stored(own):
             return False
@@ -91,7 +92,8 @@ def rows_within(plan: Plan, seconds: float) -> int:
     return max(LEAST_CHUNK, int(rows * (seconds - one_s) / (chunk_s - one_s)))
 
 
-def _common_tokens(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two prompts begin with alike."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
+def _alike(first: Sequence[int], second: Sequence[int], page_size: int) -> int:
+    """How many tokens two prompts begin with alike, in whole pages."""
+    stop = min(len(first), len(second)) // page_size * page_size
+    starts = range(0, stop, page_size)  # a page at a time: a loop over tokens took three times as long
+    return next((at for at in starts if first[at : at + page_size] != second[at : at + page_size]), stop)
