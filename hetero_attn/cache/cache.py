@@ -40,7 +40,7 @@ class KVCache:
         }
         self.states = FixedStates(plan, device)
         self.prefix_states = PrefixStates(plan, self.states)
-        self._tree = PrefixTree(self.pools, self.prefix_states) if prefix_cache else None
+        self._tree = PrefixTree(self.pools, self.prefix_states) if prefix_cache and self.pools else None
 
     @property
     def free_sequences(self) -> int:

@@ -275,6 +275,7 @@ def _workload(options: LoadOptions, policy: Policy, model: _Model, kind: str, bu
         page_size=options.page_size,
         kv_dtype=policy.kv_dtype or natural_kv_dtype(formats.label),
         prefill_chunk=policy.prefill_chunk or DEFAULT_PREFILL_CHUNK,
+        prefix_cache=options.prefix_cache,
     )
     spec, name = replace(model_spec(config, formats), taps=model.taps), model_name(options.model, model.path)
     from_head = shares_head(formats, config) and kind == "cpu"

@@ -26,7 +26,8 @@ class Sizes:
 
     max_context: tokens of one sequence. max_batch: sequences decoded together. kv_tokens: KV slots that all sequences
     share, None is max_context for each. page_size: tokens of a page of the cache. prefill_chunk: rows of a prompt that
-    one step computes. kv_dtype: of the cache; None is that of the weights for fp32, else bf16.
+    one step computes. kv_dtype: of the cache; None is that of the weights for fp32, else bf16. prefix_cache: whether
+    prompts that begin alike find what earlier ones stored.
     """
 
     max_context: int
@@ -35,6 +36,7 @@ class Sizes:
     prefill_chunk: int
     kv_dtype: str | None = None
     kv_tokens: int | None = None
+    prefix_cache: bool = True
 
 
 def build_workload(
@@ -77,6 +79,7 @@ def build_workload(
         kv_tokens=sizes.kv_tokens,
         small_calls=sum(block.small_calls for layer in model.layers for block in layer),
         states=states,
+        prefix_cache=sizes.prefix_cache,
     )
 
 

@@ -161,6 +161,39 @@ def test_kept_states_are_in_the_plan(path):
     assert llm.plan.memory.host["prefixes"] == workload.prefix_state_bytes == allocated > 0
 
 
+def test_nothing_is_kept_where_nothing_is_looked_for(path):
+    """The plan counted places that nobody could use."""
+    prompt = [*SYSTEM, *ASKED]
+    with load(path, prefix_cache=False) as llm:
+        outputs = [llm.generate([prompt], GREEDY)[0] for _ in range(2)]
+        allocated = sum(memory.nbytes for memory in llm.engine.kv_cache.prefix_states._memory.values())
+
+    assert llm.plan.memory.host["prefixes"] == allocated == reused(outputs[1]) == 0
+
+
+def test_layers_without_keys_and_values_alone(tmp_path):
+    """No page leads to a state: the prompt is computed again. The tree asked the first pool for its page size."""
+    prompt = [*SYSTEM, *ASKED]
+    linear = make_moe(tmp_path, "qwen3_next", layer_types=["linear_attention"] * 3)
+    with load(linear) as llm:
+        outputs = [llm.generate([prompt], GREEDY)[0] for _ in range(2)]
+
+    assert outputs[0].token_ids == outputs[1].token_ids
+    assert llm.plan.memory.host["prefixes"] == reused(outputs[1]) == 0
+
+
+def test_what_a_prompt_begins_with_stays_as_long_as_the_rest(path):
+    """Where no state was kept it is computed a second time. The first pages were remembered, and went before their time:
+    what was stored behind them was lost to the next turn."""
+    first, second, other = ([*SYSTEM, *DRAWN[70:90]], [*SYSTEM, *DRAWN[100:123]], DRAWN[105:200])
+    with load(path, max_batch=1) as llm:
+        for prompt in (first, second, other):
+            llm.generate([prompt], GREEDY)
+        found = llm.generate([[*second, *DRAWN[50:60]]], GREEDY)[0]
+
+    assert reused(found) == 56
+
+
 def test_a_run_is_cut_where_its_state_is_kept():
     """Rows of one sequence on either side of a cut are never taken for tokens of two."""
     assert list(runs_of([2, 2, 2], [1, 2])) == [(slice(0, 1), 1), (slice(1, 2), 1), (slice(2, 3), 1)]
