@@ -43,17 +43,25 @@ def plan_requested(asked: PlanRequest) -> Plan:
 
 def plan_with_alternatives(asked: PlanRequest) -> tuple[Plan, list[Candidate]]:
     """The plan for a request, and every candidate that the search compared, fastest first, what does not fit last; the
-    first is the plan's."""
+    first is the plan's.
+
+    Smaller prefill chunks than the budget of GPU memory suggests are tried one after the other while nothing fits, and
+    while the smallest yet is the best: weights and cache gain what its activations leave of any memory.
+    """
     requests: list[PlanRequest] = []
     found: list[Candidate] = []
     for workload in asked.workload.in_smaller_chunks():
         in_chunks = replace(asked, workload=workload)
-        requests = [request for shape in shapes(in_chunks) for request in _with_chunks(shape)]
-        found = _candidates([problem_of(request) for request in requests], on_gpu=asked.device != "cpu")
-        if found and found[0].fits:
+        tried = [request for shape in shapes(in_chunks) for request in _with_chunks(shape)]
+        requests += tried
+        problems = [problem_of(request) for request in tried]
+        fitting = [each for each in found if each.fits]
+        found = _ranked([*fitting, *_candidates(problems, asked.device != "cpu", _to_beat(fitting))])
+        smallest = min(request.workload.prefill_chunk for request in tried)
+        if found and found[0].fits and found[0].problem.workload.prefill_chunk > smallest:
             break
     if not found:
-        raise _explain_failure(requests)
+        raise _explain_failure(tried)
     return _plan_of_fastest(requests, found), found
 
 
@@ -100,9 +108,9 @@ def _with_chunks(request: PlanRequest) -> list[PlanRequest]:
     return [replace(request, workload=request.workload.with_chunk(choice)) for choice in request.workload.chunk_choices]
 
 
-def _candidates(problems: Sequence[Problem], on_gpu: bool) -> list[Candidate]:
-    """The placements that rules leave no choice in, and those that the search finds; fastest first, and last those that
-    exceed a budget, the smallest chunk first, which takes the least."""
+def _candidates(problems: Sequence[Problem], on_gpu: bool, below_s: float = inf) -> list[Candidate]:
+    """The placements that rules leave no choice in, and those that the search finds, ranked. below_s: as for
+    `candidates`."""
     fixed, open_ = [], []
     for problem in problems:
         only = fixed_candidate(problem, on_gpu)
@@ -110,14 +118,22 @@ def _candidates(problems: Sequence[Problem], on_gpu: bool) -> list[Candidate]:
             open_.append(problem)
         else:
             fixed.append(only)
-    found = fastest_first([*fixed, *candidates(open_), *_within_host_budgets(open_)])
-    return sorted(found, key=lambda each: 0 if each.fits else each.problem.workload.prefill_chunk)
+    limited = [p for p in open_ if (p.budgets.pinned, p.budgets.host) != (None, None) and _may_hold_weights(p)]
+    found = [*fixed, *candidates(open_, below_s)]
+    free = candidates_of_gpu_alone(limited, below_s=below_s)
+    return _ranked([*found, *(each for each in free if each.fits)])
 
 
-def _within_host_budgets(problems: Sequence[Problem]) -> list[Candidate]:
-    """What is found without budgets of host memory, where it keeps them."""
-    limited = [p for p in problems if (p.budgets.pinned, p.budgets.host) != (None, None) and _may_hold_weights(p)]
-    return [each for each in candidates_of_gpu_alone(limited) if each.fits]
+def _to_beat(found: Sequence[Candidate]) -> float:
+    """The judged seconds that a program has to get below, those of the fastest that fits; expert slots, which bring any
+    program's placements more, left aside."""
+    fitting = (each for each in found if each.fits and not any(placed.expert_slots for placed in each.linears))
+    return min((each.judged_s for each in fitting), default=inf)
+
+
+def _ranked(found: Sequence[Candidate]) -> list[Candidate]:
+    """Those that fit, fastest first, then those that do not, the smallest chunk first, which takes the least."""
+    return sorted(fastest_first(found), key=lambda each: 0 if each.fits else each.problem.workload.prefill_chunk)
 
 
 def _may_hold_weights(problem: Problem) -> bool:

@@ -34,15 +34,16 @@ PROGRAM_NOISE = 5e-4
 FAR_BEHIND = 1.05  # times the best bound
 
 
-def candidates(problems: Sequence[Problem]) -> list[Candidate]:
+def candidates(problems: Sequence[Problem], below_s: float = inf) -> list[Candidate]:
     """Placements within the budgets, fastest first; empty when there is none. Only reference tiers are settled.
 
-    problems: the same model cut or called otherwise; the fastest placement of any of them wins. Should rounding have
-    pushed every one over a budget, they are returned all the same, for their bytes to be reported.
+    problems: the same model cut or called otherwise; the fastest placement of any of them wins. below_s: judged seconds
+    that are known to be reached, so that a program which cannot get below is not solved. Should rounding have pushed
+    every one over a budget, they are returned all the same, for their bytes to be reported.
     """
     fitting = list(_known(problems))
     too_large: list[Candidate] = []
-    best_s = min((candidate.judged_s for candidate in fitting), default=inf)
+    best_s = min([below_s, *(candidate.judged_s for candidate in fitting)])
     programs = _programs(problems)
     # Everything in GPU memory is among those known already; whatever else a program finds is judged as such.
     while programs and programs[0].least_s < (most_s := best_s / judged_s(1 - PROGRAM_NOISE, False)):
@@ -69,17 +70,19 @@ def candidates(problems: Sequence[Problem]) -> list[Candidate]:
     return fastest_first(fitting or too_large)
 
 
-def candidates_of_gpu_alone(problems: Sequence[Problem], gpu_bytes: float | None = None) -> list[Candidate]:
+def candidates_of_gpu_alone(
+    problems: Sequence[Problem], gpu_bytes: float | None = None, below_s: float = inf
+) -> list[Candidate]:
     """What is found without budgets of host memory, as answers to the problems, whose budgets they may not keep:
     programs that know those leave room for what whole units may lose, and so miss placements that need none of it.
 
-    gpu_bytes: the budget of GPU memory, None for that of each problem.
+    gpu_bytes: the budget of GPU memory, None for that of each problem. below_s: as for `candidates`.
     """
     own = {id(problem.workload): problem.budgets for problem in problems}
     free = [replace(each, budgets=Budgets(each.budgets.gpu if gpu_bytes is None else gpu_bytes)) for each in problems]
     return [
         replace(each, problem=replace(each.problem, budgets=own[id(each.problem.workload)]))
-        for each in candidates(free)
+        for each in candidates(free, below_s)
     ]
 
 
