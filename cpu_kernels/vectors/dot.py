@@ -100,6 +100,17 @@ def emit_dot4(isa: Isa, builder, acc, unsigned, signed):
     return _even_odd(builder, acc, unsigned, signed)
 
 
+def pair(low: int, high: int) -> int:
+    """Two int16 as one int32."""
+    return (low & 0xFFFF) | (high & 0xFFFF) << 16
+
+
+def pairs_of(b, low, high):
+    """Two <16 x i32> whose values fit in int16 as one of int16 pairs."""
+    low = b.and_(low, constant(VI32, 0xFFFF))
+    return b.or_(low, b.shl(high, constant(VI32, 16)))
+
+
 def emit_dot2_256(isa: Isa, builder, acc, a, b):
     """As emit_dot2 on 256 bits, of "avxvnni" and "avx2"; acc is <8 x i32>, a and b are <16 x i16>."""
     if isa.name == "avxvnni":

@@ -22,8 +22,9 @@ from hetero_attn.models.block import FixedView, StateView
 from hetero_attn.models.decoder import ModelWeights, capped, embed
 from hetero_attn.models.workspace import Workspace, make_buffer, make_workspace
 from hetero_attn.ops.linear import LinearWeights
+from hetero_attn.ops.older_pages import older_blocks
 from hetero_attn.ops.run import KvView, Run
-from hetero_attn.ops.step import Rows, Step, older_blocks
+from hetero_attn.ops.step import Rows, Step
 from hetero_attn.spec.blocks import Declaration, FixedState, KvState, ModelSpec
 from hetero_attn.spec.buffers import ActivationWidths
 from hetero_attn.spec.config import ModelConfig

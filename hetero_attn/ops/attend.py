@@ -21,8 +21,9 @@ from cpu_kernels.contract import ChunkKeys, Ops, Pages, Partial, Rotation
 from hetero_attn.cache.pages import PagedStore
 from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.lanes import Lanes
+from hetero_attn.ops.older_pages import layer_blocks
 from hetero_attn.ops.run import KvView, Run
-from hetero_attn.ops.step import Part, Segment, Segments, Step, layer_blocks
+from hetero_attn.ops.step import Part, Segment, Segments, Step
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,19 +7,8 @@ from placement.plan.shards import KvShard, LinearShard
 from placement.plan.workload import NUM_ROW_TIERS, Workload, round_up
 
 PLACES = ("gpu", "pinned", "host")
-KINDS = (
-    "weights",
-    "expert_slots",
-    "kv",
-    "staging",
-    "activations",
-    "embed",
-    "resident",
-    "prefixes",
-    "context",
-    "drafter",
-)
 OF_OTHERS = ("context", "drafter")  # kinds that others than the model allocate
+KINDS = ("weights", "expert_slots", "kv", "staging", "activations", "embed", "resident", "prefixes", *OF_OTHERS)
 KV_STAGING_BUFFERS = 2
 
 

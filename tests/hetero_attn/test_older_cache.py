@@ -9,7 +9,8 @@ from hetero_attn.cache.pages import runs
 from hetero_attn.cache.stream import PageStream
 from hetero_attn.devices import Device, EmulatedDriver
 from hetero_attn.lanes.lanes import Lanes
-from hetero_attn.ops.step import Rows, make_step, older_blocks
+from hetero_attn.ops.older_pages import older_blocks
+from hetero_attn.ops.step import Rows, make_step
 from placement import HardwareProfile
 from placement.cost.attention import attention_cost
 from placement.cost.terms import Call

@@ -17,7 +17,7 @@ from cpu_kernels.linear.forms.float_codes import numbers_of_word, row_dot, unit_
 from cpu_kernels.linear.forms.number_planes import ONE, fits_planes, planes_dot, wide_planes_dot
 from cpu_kernels.linear.records import Record, run_of, starts_of
 from cpu_kernels.vectors.code_sums import CodeSums
-from cpu_kernels.vectors.dot import emit_dot2
+from cpu_kernels.vectors.dot import emit_dot2, pair, pairs_of
 from cpu_kernels.vectors.header_numbers import byte_numbers, exponents, halves, tensor_scales
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.vector import (
@@ -33,17 +33,6 @@ from cpu_kernels.vectors.vector import (
     load_as,
     prefetch_value,
 )
-
-
-def pair(low: int, high: int) -> int:
-    """Two int16 as one int32."""
-    return (low & 0xFFFF) | (high & 0xFFFF) << 16
-
-
-def pairs_of(b, low, high):
-    """Two <16 x i32> whose values fit in int16 as one of int16 pairs."""
-    low = b.and_(low, constant(VI32, 0xFFFF))
-    return b.or_(low, b.shl(high, constant(VI32, 16)))
 
 
 class FormSums:
