@@ -192,7 +192,7 @@ def test_the_table_says_what_a_row_chooses_and_what_a_chunk_reads(config_of):
     assert "experts: a row is computed by 2 of 8 in each of 32 layers, 94.50 MiB each" in plan.table(200)
 
 
-@pytest.mark.parametrize(("device", "budget"), [("cuda", "2GiB"), ("emulated", "1GiB")])
+@pytest.mark.parametrize(("device", "budget"), [("cuda", "1536MiB"), ("emulated", "1GiB")])
 def test_a_gpu_takes_whole_experts(config_of, device, budget):
     """As many as its memory holds, behind all of attention, and no byte more than the budget."""
     plan = plan_model(
