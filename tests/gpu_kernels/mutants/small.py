@@ -204,8 +204,8 @@ MUTANTS = {
         "small/delta_step",
         "delta_step",
         DELTA,
-        "ROWS_PAD), axis=0) == first",
-        "ROWS_PAD), axis=0) <= first",
+        "tl.sum(is_own.to(tl.int32), axis=0), 0)",
+        "tl.sum(is_own.to(tl.int32), axis=0), 1)",
     ),
     "the state of the row's number": (
         "small/delta_step",
