@@ -128,6 +128,9 @@ class Scoring(NamedTuple):
     scale: float = 1.0
 
 
+L2_EPS = 1e-6  # under the root by which a gated DeltaNet divides queries and keys
+
+
 class DeltaRule(NamedTuple):
     """What a gated DeltaNet layer has between its projections.
 

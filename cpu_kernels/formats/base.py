@@ -73,6 +73,11 @@ class WeightFormat:
         return self.plane in ("f8", "v4")
 
     @property
+    def has_zero_points(self) -> bool:
+        """Whether a header holds zero points, which are taken from codes as an offset is."""
+        return self.header.startswith(("SZ", "SI"))
+
+    @property
     def largest_code(self) -> int:
         """The largest unsigned byte that a code of a coded format can be."""
         return max(self.table) if self.table else LARGEST_CODES[self.plane]

@@ -67,15 +67,15 @@ def starts_of(isa: Isa, item: WeightFormat) -> Starts | None:
     are widened, and so would multiply what they begin with.
     """
     sums = CodeSums(isa, item.largest_code)
-    offset = item.offset - 128 if sums.takes_128 else item.offset
-    if not offset or item.header.startswith(("SZ", "SI")) or item.header == "K2S16" and sums.takes_scales:
+    offset = sums.left_of(item.offset)
+    if not offset or item.has_zero_points or item.header == "K2S16" and sums.takes_scales:
         return None
     return Starts(run_of(item), offset)
 
 
 def has_sums_of_32(item: WeightFormat) -> bool:
     """Whether a record has the sums of both halves as one pair: where both, or a zero point of both, meet one dot2."""
-    return item.header == "K2M32" or item.header.startswith(("SZ", "SI")) and run_of(item) == GROUP_INPUTS
+    return item.header == "K2M32" or item.has_zero_points and run_of(item) == GROUP_INPUTS
 
 
 class Record:

@@ -188,7 +188,7 @@ HEADERS = {
 def unpack(weight_dtype: str):
     """Kernel; rows: of the weight. count: of ids."""
     item = format_of(weight_dtype)
-    has_zeros = item.header.startswith(("SZ", "SI"))
+    has_zeros = item.has_zero_points
     number, has_minimum = number_reader(item), has_zeros or "M" in item.header
     scale_minimum = HEADERS.get(item.header) or (scale_minimum_sz if has_zeros else scale_minimum_f)(item)
     header_bytes, superblock_bytes = item.header_lines * LINE_BYTES, item.superblock_bytes

@@ -47,6 +47,10 @@ class CodeSums:
             return "unsigned"
         return "pairs" if 2 * LARGEST_INPUT * self.largest <= LARGEST_SHORT else "magnitudes"
 
+    def left_of(self, offset: int) -> int:
+        """What is left to be taken of a format's offset."""
+        return offset - 128 if self.takes_128 else offset
+
     @property
     def takes_128(self) -> bool:
         """Whether what is summed is code - 128."""

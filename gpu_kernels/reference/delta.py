@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from cpu_kernels.contract import DeltaRule
-
-L2_EPS = 1e-6
+from cpu_kernels.contract import L2_EPS, DeltaRule
 
 
 class DeltaSizes(NamedTuple):

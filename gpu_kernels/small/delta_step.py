@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpu_kernels.contract import DeltaRule
+from cpu_kernels.contract import L2_EPS, DeltaRule
 from gpu_kernels.elementwise import ordered_exp
 from gpu_kernels.launching import Kernel, Shape
-from gpu_kernels.reference.delta import L2_EPS, DeltaSizes, delta_sizes
+from gpu_kernels.reference.delta import DeltaSizes, delta_sizes
 
 TILE = 16384  # numbers of a state at once: all of a published head, whose loads are then all on their way together
 EPSILON = tl.constexpr(L2_EPS)

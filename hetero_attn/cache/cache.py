@@ -180,12 +180,13 @@ class KVCache:
             return 0
         for pool, pages in zip(self.pools, self._tree.pages(token_ids), strict=True):
             pool.share(sequence.id, pages)
-        self._tree.restore(sequence.id, token_ids)
         sequence.length = self._tree.match(token_ids)
-        size = self._plan.page_size
-        last = len(token_ids) // size * size
-        for length in (last, last - size, self._tree.alike(token_ids)):
-            self.keep_state(sequence, length)
+        if self.prefix_states:
+            self._tree.restore(sequence.id, token_ids)
+            size = self._plan.page_size
+            last = len(token_ids) // size * size
+            for length in (last, last - size, self._tree.alike(token_ids)):
+                self.keep_state(sequence, length)
         return sequence.length
 
     def keep_state(self, sequence: SequenceState, length: int) -> bool:

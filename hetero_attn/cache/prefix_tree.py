@@ -42,9 +42,9 @@ class PrefixTree:
         return len(self._path(token_ids)) * self._page_size
 
     def restore(self, sequence_id: int, token_ids: Sequence[Hashable]) -> None:
-        """Begin a sequence with the states behind the leading tokens that `match` counts, if there are some."""
+        """Begin a sequence with the states kept behind the leading tokens that `match` counts, if it counts any."""
         path = self._path(token_ids)
-        if self._states and (count := self._usable(path)):
+        if count := self._usable(path):
             self._states.restore(sequence_id, path[count - 1])
 
     def remember(self, sequence_id: int, token_ids: Sequence[Hashable]) -> None:

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cpu_kernels.contract import L2_EPS
+
 CHUNK_TOKENS = 64
-L2_EPS = 1e-6
 
 
 class DeltaTokens(NamedTuple):

@@ -34,6 +34,19 @@ def reused(output):
     return output.metrics.cached_prompt_tokens
 
 
+def continued(llm, prompt, following=()):
+    """How many tokens of a prompt a sequence takes over from a shorter one, and the logits of the prompt's last token
+    and of those that follow."""
+    llm.generate([prompt[:-2]], GREEDY)
+    engine = llm.engine
+    sequence = engine.kv_cache.open(100)
+    begun = engine.kv_cache.reuse(sequence, prompt[:-1])
+    found = [engine.prefill(sequence, prompt[begun:])]
+    found += [engine.decode_step([sequence], [token_id])[0] for token_id in following]
+    engine.kv_cache.close(sequence)
+    return begun, found
+
+
 def turns():
     """Prompts of a conversation, as token ids: each goes on behind all but the last tokens of the one before."""
     prompts = [[*SYSTEM, *ASKED]]
@@ -61,13 +74,7 @@ def test_logits_behind_a_kept_state(path):
     """Of the same numbers as from the first token on: cuts at other places round otherwise, no more."""
     prompt = [*SYSTEM, *ASKED]
     with load(path) as llm:
-        llm.generate([prompt[:-2]], GREEDY)
-        engine = llm.engine
-        sequence = engine.kv_cache.open(100)
-        begun = engine.kv_cache.reuse(sequence, prompt[:-1])
-        found = [engine.prefill(sequence, prompt[begun:])]
-        found += [engine.decode_step([sequence], [token_id])[0] for token_id in DRAWN[100:104]]
-        engine.kv_cache.close(sequence)
+        begun, found = continued(llm, prompt, DRAWN[100:104])
         expected = llm.logits([*prompt, *DRAWN[100:104]])[len(prompt) - 1 :]
 
     assert begun == 56
@@ -142,12 +149,7 @@ def test_planted_bug_a_state_of_one_token_more_is_caught(path, monkeypatch):
     monkeypatch.setattr(steps, "_kept_states", one_row_late)
     prompt = [*SYSTEM, *ASKED]
     with load(path) as llm:
-        llm.generate([prompt[:-2]], GREEDY)
-        engine = llm.engine
-        sequence = engine.kv_cache.open(100)
-        begun = engine.kv_cache.reuse(sequence, prompt[:-1])
-        found = engine.prefill(sequence, prompt[begun:])
-        engine.kv_cache.close(sequence)
+        begun, (found,) = continued(llm, prompt)
         expected = llm.logits(prompt)[-1]
 
     assert begun and nmse(found.flatten(), expected) > 100 * EXACT

@@ -45,12 +45,12 @@ class FormSums:
 
     def __init__(self, isa: Isa, item: WeightFormat, rows: int):
         self.isa, self.item, self.rows = isa, item, rows
-        self.has_zeros, self.has_floats = item.header.startswith(("SZ", "SI")), item.header.startswith(("F", "T"))
+        self.has_zeros, self.has_floats = item.has_zero_points, item.header.startswith(("F", "T"))
         self.group_inputs = int(item.header.lstrip("SZIFT")) if self.has_zeros or self.has_floats else 0
         self.run = run_of(item)
         self.runs = GROUP_INPUTS // self.run
         self.code_sums = CodeSums(isa, item.largest_code)
-        self.offset = item.offset - 128 if self.code_sums.takes_128 else item.offset
+        self.offset = self.code_sums.left_of(item.offset)
         self.starts = starts_of(isa, item)
         is_x86 = isa.has_avx2 or isa.has_avx512
         self.takes_planes = rows == 1 and is_x86 and self.run >= 32 and fits_planes(item.values)
