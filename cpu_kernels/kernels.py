@@ -138,8 +138,8 @@ class CpuKernels:
     def unpack_rows(self, weight: Tensor, weight_dtype: str, row_ids: Tensor, out: Tensor) -> None:
         """Some rows of a packed weight as the numbers they stand for: an embedding is gathered so.
 
-        weight: uint8 [num_blocks, block_bytes] of a coded format; row_ids: int64 [count], each below num_blocks * 16;
-        out: float32 [count, in_features], written.
+        weight: uint8 [num_blocks, block_bytes] of a coded format, or numbers [rows, in_features] of a row-major one;
+        row_ids: int64 [count], each below num_blocks * 16 or rows; out: float32 [count, in_features], written.
         """
         repack.unpack_rows(self._team, weight, weight_dtype, row_ids, out)
 

@@ -8,6 +8,8 @@ from cpu_kernels.formats import weights as layout
 from cpu_kernels.team.arguments import REPACK, UNPACK
 from cpu_kernels.team.team import Team
 
+NUMBERS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def repack(team: Team, rows: torch.Tensor, source_type: str, out: torch.Tensor) -> None:
     """See CpuKernels.repack."""
@@ -44,21 +46,25 @@ def repack(team: Team, rows: torch.Tensor, source_type: str, out: torch.Tensor) 
 def unpack_rows(team: Team, weight: torch.Tensor, weight_dtype: str, row_ids: torch.Tensor, out: torch.Tensor) -> None:
     """See CpuKernels.unpack_rows."""
     item = format_of(weight_dtype)
-    expect(not item.is_row_major, f"weight_dtype is {weight_dtype}: its blocks are plain rows, index them")
     check_tensor("row_ids", row_ids, torch.int64, (None,))
     check_tensor("out", out, torch.float32, (row_ids.shape[0], None))
     in_features = out.shape[1]
-    check_tensor("weight", weight, torch.uint8, (None, item.block_bytes(in_features)))
+    if item.is_row_major:
+        check_tensor("weight", weight, NUMBERS[weight_dtype], (None, in_features))
+        factory, rows = "unpack_numbers", weight.shape[0]
+    else:
+        check_tensor("weight", weight, torch.uint8, (None, item.block_bytes(in_features)))
+        factory, rows = "unpack", weight.shape[0] * layout.BLOCK_FEATURES
     expect(weight.is_contiguous(), "weight must be contiguous")
     if out.numel() == 0:
         return
     failure = team.run(
-        ("linear.unpack_kernel", "unpack", weight_dtype),
+        ("linear.unpack_kernel", factory, weight_dtype),
         0,
         *UNPACK.filled(
             weight=weight.data_ptr(),
-            block_bytes=weight.shape[1],
-            rows=weight.shape[0] * layout.BLOCK_FEATURES,
+            block_bytes=weight.stride(0) * weight.itemsize,
+            rows=rows,
             ids=row_ids.data_ptr(),
             count=row_ids.shape[0],
             in_features=in_features,
@@ -66,4 +72,4 @@ def unpack_rows(team: Team, weight: torch.Tensor, weight_dtype: str, row_ids: to
             out_row=4 * out.stride(0),
         ),
     )
-    expect(failure == 0, f"row_ids holds an id that is not in 0..{weight.shape[0] * layout.BLOCK_FEATURES - 1}")
+    expect(failure == 0, f"row_ids holds an id that is not in 0..{rows - 1}")

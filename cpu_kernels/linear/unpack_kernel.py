@@ -7,6 +7,9 @@ from cpu_kernels.team.arguments import UNPACK
 from cpu_kernels.team.chunks import fail, parameter, take
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.scalar import as_float, load_byte, load_half, load_i64, load_scalar, store_scalar
+from cpu_kernels.vectors.vector import load_bf16_tail, load_f32_tail, load_half_tail, store_f32_tail
+
+NUMBERS = {"fp32": load_f32_tail, "fp16": load_half_tail, "bf16": load_bf16_tail}  # how 16 numbers of a row are read
 
 
 @helper
@@ -183,6 +186,29 @@ HEADERS = {
     "E32": scale_minimum_e32,
     "T16": scale_minimum_t16,
 }
+
+
+def unpack_numbers(weight_dtype: str):
+    """`unpack` of a row-major format. block_bytes: of a row."""
+    load, item_bytes = NUMBERS[weight_dtype], format_of(weight_dtype).item_bytes
+
+    def kernel(arguments, thread):
+        weight, row_bytes = parameter(arguments, UNPACK.weight), parameter(arguments, UNPACK.block_bytes)
+        rows, ids = parameter(arguments, UNPACK.rows), parameter(arguments, UNPACK.ids)
+        count, in_features = parameter(arguments, UNPACK.count), parameter(arguments, UNPACK.in_features)
+        out, out_stride = parameter(arguments, UNPACK.out), parameter(arguments, UNPACK.out_row)
+        index = take(arguments, 0)
+        while index < count:
+            row = load_i64(ids + 8 * index)
+            if 0 <= row < rows:
+                for column in range(0, in_features, 16):
+                    at, left = weight + row * row_bytes + item_bytes * column, in_features - column
+                    store_f32_tail(load(at, left), out + index * out_stride + 4 * column, left)
+            else:
+                fail(arguments, 1)
+            index = take(arguments, 0)
+
+    return kernel
 
 
 def unpack(weight_dtype: str):

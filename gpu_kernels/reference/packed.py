@@ -73,6 +73,9 @@ def unpack(weight: Tensor, weight_dtype: str, in_features: int, dtype: torch.dty
 
 def unpack_rows(weight: Tensor, weight_dtype: str, row_ids: Tensor, out: Tensor) -> None:
     """As `CpuKernels.unpack_rows`, into `out` of any float dtype."""
+    if weight_dtype in PLAIN_DTYPES:
+        out.copy_(weight[row_ids])
+        return
     blocks = row_ids // BLOCK_FEATURES
     rows = unpack(weight[blocks], weight_dtype, out.shape[1], out.dtype)
     out.copy_(

@@ -91,6 +91,33 @@ def test_an_id_outside_the_weight_is_refused():
         kernels().unpack_rows(weight, kind.format, torch.tensor([16]), out)
 
 
+@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("in_features", [1, 15, 16, 100])
+def test_rows_of_plain_numbers_are_widened_as_they_are(name, in_features):
+    """Infinities and subnormal numbers too, and no byte before or behind a row of `out` is written."""
+    torch.manual_seed(in_features)
+    weight = (torch.randn(37, in_features) * 1e-4).to(reference.PLAIN_DTYPES[name])
+    weight[36, 0], weight[5, -1] = float("inf"), 6e-8
+    ids = torch.tensor([36, 0, 5, 5])
+    out, memory = guarded(4, in_features)
+
+    kernels().unpack_rows(weight, name, ids, out)
+    expected = torch.empty_like(out)
+    reference.unpack_rows(weight, name, ids, expected)
+
+    assert torch.equal(out, weight[ids].float()) and torch.equal(expected, out)
+    assert only_inside_written(memory)
+
+
+def test_plain_numbers_of_another_kind_or_row_are_refused():
+    weight, out = torch.zeros(5, 8), torch.empty(1, 8)
+
+    with pytest.raises(ValueError, match="must be torch.bfloat16"):
+        kernels().unpack_rows(weight, "bf16", torch.tensor([0]), out)
+    with pytest.raises(ValueError, match=r"not in 0\.\.4"):
+        kernels().unpack_rows(weight, "fp32", torch.tensor([5]), out)
+
+
 def make(kind, rows: int, in_features: int):
     """(x, packed weight, float64 result of the file's values times the input as quantised)."""
     torch.manual_seed(rows)
