@@ -143,8 +143,8 @@ class KVCache:
     def wait_for_moves(self) -> None:
         """Let compute queued from now on find all pages in place: a recorded step has no waits of its own for them."""
         for pool in self.pools:
-            for layer in range(len(pool.layers)):
-                if pool.moves is not None:
+            if pool.moves is not None:
+                for layer in range(len(pool.layers)):
                     pool.moves.wait(layer)
 
     def shrink(self, plan: Plan) -> None:

@@ -106,7 +106,9 @@ class PagedStore:
         self.table = torch.zeros((sizes.max_batch, kv_heads, sizes.max_pages), dtype=torch.int32, device="cpu")
         self._numbers = self.table.numpy()
         self._free = list(range(sizes.num_pages))  # a heap: what is taken together lies together
-        self._head_rows = torch.arange(kv_heads, dtype=torch.int32, device="cpu")
+        self._head_rows = np.arange(kv_heads, dtype=np.int32)
+        self._head_slots = sizes.page_size * np.arange(kv_heads)  # of a page's first token, from its first row's on
+        self._placed = [0] * sizes.max_batch
 
     @property
     def is_parked(self) -> bool:
@@ -130,7 +132,12 @@ class PagedStore:
 
     def place(self, sequence_id: int, logical_page: int, page: int) -> None:
         """Let a sequence find its tokens [logical_page * page_size, ...) in a page."""
-        self.table[sequence_id, :, logical_page] = page * self.kv_heads + self._head_rows
+        self._numbers[sequence_id, :, logical_page] = page * self.kv_heads + self._head_rows
+        self._placed[sequence_id] += 1
+
+    def placed(self, sequence_id: int) -> int:
+        """How often a page was placed for a sequence of this id; its line of the table is the same while this is."""
+        return self._placed[sequence_id]
 
     def page_rows(self, page: int, pages: int = 1) -> slice:
         """Rows of k and v that hold this page, all KV heads, and those that follow it, `pages` together."""
@@ -154,6 +161,16 @@ class PagedStore:
         logical, inside = divmod(positions.item(), self.page_size)
         rows = self._numbers[sequence_id, :, logical].tolist()
         return torch.from_numpy(np.array([[row * self.page_size + inside for row in rows]], np.int64))
+
+    def write_slots(self, sequence_id: int, position: int, into: np.ndarray) -> None:
+        """`slots` of one token of a sequence into int64 [kv_heads]."""
+        logical, inside = divmod(position, self.page_size)
+        first = self._numbers.item(sequence_id, 0, logical)
+        np.add(self._head_slots, first * self.page_size + inside, into)
+
+    def write_table(self, sequence_id: int, into: np.ndarray) -> None:
+        """A sequence's line of `table` into int32 [kv_heads, max_pages]."""
+        into[:] = self._numbers[sequence_id]
 
     def tables(self, sequence_ids: list[int]) -> torch.Tensor:
         """A copy of the page tables of some sequences, int32 [len(sequence_ids), kv_heads, pages]."""

@@ -23,8 +23,8 @@ from hetero_attn.engine.ahead.compile_ahead import compiling_beside, kernel_call
 from hetero_attn.engine.ahead.warm_up import make_first_steps, warm_up, warm_up_copies
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.forked import torch_without_lost_threads
-from hetero_attn.engine.forward import make_buffers
 from hetero_attn.engine.host_memory import expect_room, memory_named
+from hetero_attn.engine.passes.buffers import make_buffers
 from hetero_attn.lanes.handover_choice import choose_handover
 from hetero_attn.lanes.host_worker import HostWorker
 from hetero_attn.lanes.lanes import Lanes

@@ -12,9 +12,10 @@ import torch
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.cache.pool import SequenceState
 from hetero_attn.engine.draft_head import fused, handed_on, kept_rows
-from hetero_attn.engine.forward import Buffers, Forward
-from hetero_attn.engine.lane_report import LaneReport
+from hetero_attn.engine.forward import Forward
+from hetero_attn.engine.lane_report import LaneReport, counters
 from hetero_attn.engine.move import go_over
+from hetero_attn.engine.passes.buffers import Buffers
 from hetero_attn.errors import EngineDeadError
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.decoder import ModelWeights
@@ -63,7 +64,6 @@ class Engine:
         """The most rows of prompts that one step computes beside so many that attend one by one."""
         return min(self._rows - beside, self.kv_cache.max_new_tokens)
 
-    @torch.inference_mode()
     def run(self, work: Sequence[Rows], copy: bool = True) -> list[torch.Tensor]:
         """Append tokens to sequences, all in one pass; returns the logits of each one's last `logits` tokens.
 
@@ -117,24 +117,34 @@ class Engine:
 
     def _pass(self, work: Sequence[Rows], copy: bool) -> torch.Tensor:
         """`run`, of rows in the order of a step; returns the logits of all that want some, one after the other."""
-        token_ids = [token_id for each in work for token_id in each.token_ids]
-        with self.report.measure(self.lanes, _counts(work), len(token_ids)), self.lanes.torch_at_rest():
-            if not work[-1].is_chunk:
-                self.forward.drain()
-            if not self.forward.is_running:
-                self._expert_slots.settle()
-            step = make_step(self.lanes, self.kv_cache, work)
-            self.forward.run(step, token_ids, _hidden(work))
-            logits = self.forward.logits(step, work, copy)
-            if not self.forward.is_running:
-                self.report.routed(*self._expert_slots.note(step.rows))
+        with self.lanes.torch_at_rest():
+            before = counters(self.lanes)
+            step = self.forward.renewed(work)
+            if step is None:
+                logits = self._plain_pass(work, copy)
+            else:
+                logits = self.forward.replayed(step, work, copy)
+            after = counters(self.lanes)
         self._first_rows, row = {}, 0
         for each in work:
             self._first_rows[each.sequence.id], row = row, row + len(each.token_ids)
             each.sequence.length += len(each.token_ids)
+        self.report.count(_counts(work), row, before, after)
         return logits
 
     @torch.inference_mode()
+    def _plain_pass(self, work: Sequence[Rows], copy: bool) -> torch.Tensor:
+        if not work[-1].is_chunk:
+            self.forward.drain()
+        if not self.forward.is_running:
+            self._expert_slots.settle()
+        step = make_step(self.lanes, self.kv_cache, work)
+        self.forward.run(step, _hidden(work))
+        logits = self.forward.logits(step, work, copy)
+        if not self.forward.is_running:
+            self.report.routed(*self._expert_slots.note(step.rows))
+        return logits
+
     def prefill(self, sequence: SequenceState, token_ids: Sequence[int], logits: bool = True) -> torch.Tensor | None:
         """Append a prompt to a sequence, one chunk; returns the last token's logits, float32 [vocab_size].
 
@@ -144,12 +154,10 @@ class Engine:
         rows = self._pass([Rows(sequence, token_ids, int(logits), is_chunk=True)], True)
         return rows[0] if logits else None
 
-    @torch.inference_mode()
     def prefill_logits(self, sequence: SequenceState, token_ids: Sequence[int]) -> torch.Tensor:
         """As `prefill`, but returns the logits of every token, float32 [len(token_ids), vocab_size]."""
         return self._pass([Rows(sequence, token_ids, len(token_ids), is_chunk=True)], True)
 
-    @torch.inference_mode()
     def decode_step(
         self, sequences: Sequence[SequenceState], token_ids: Sequence[int], copy: bool = True
     ) -> torch.Tensor:
@@ -172,7 +180,7 @@ class Engine:
     def fused(self, taken: torch.Tensor) -> torch.Tensor:
         """`draft_head.fused`, of a head that drafts; at most `prefill_chunk` rows."""
         self.forward.drain()
-        with self.forward.guarded(), self.lanes.torch_at_rest():
+        with self.forward.guard, self.lanes.torch_at_rest():
             return fused(self.lanes, self.weights, taken, self.forward.work.rows(0, taken.shape[0]))
 
     @torch.inference_mode()
@@ -201,7 +209,7 @@ class Engine:
             try:
                 self._go_over(self.plan)
             except BaseException:
-                self.forward.fault = f"{type(error).__name__}: {error}"
+                self.forward.guard.fault = f"{type(error).__name__}: {error}"
                 raise EngineDeadError(self._dead_message) from error
             raise
         self.plan = plan
@@ -217,12 +225,12 @@ class Engine:
 
     def check_alive(self) -> None:
         """Raise EngineDeadError if a move between plans failed and could not be undone."""
-        if self.forward.fault is not None:
+        if self.forward.guard.fault is not None:
             raise EngineDeadError(self._dead_message)
 
     @property
     def _dead_message(self) -> str:
-        return f"{self.plan.model}: the engine is unusable after {self.forward.fault}; close it and load it again"
+        return f"{self.plan.model}: the engine is unusable after {self.forward.guard.fault}; close it and load it again"
 
     def close(self) -> None:
         """Release lanes, threads and buffers; idempotent."""

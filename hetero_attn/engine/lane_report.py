@@ -2,8 +2,7 @@
 
 import io
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 
 from hetero_attn.lanes.lanes import Lanes
@@ -118,20 +117,20 @@ class LaneReport:
     experts: ExpertCounts = field(default_factory=ExpertCounts)
     forced_tokens: int = 0
 
-    @contextmanager
-    def measure(self, lanes: Lanes, tokens: dict[str, int], rows: int) -> Iterator[None]:
-        """Count one step of `rows` rows; a step that raises is not counted.
+    def count(self, tokens: dict[str, int], rows: int, before: tuple[float, ...], after: tuple[float, ...]) -> None:
+        """Count one step of `rows` rows that has ended; before, after: `counters` around it.
 
         tokens: rows by phase. Phases that share a step share its time by their rows.
         """
-        before = _counters(lanes)
-        yield
-        spent = [end - start for start, end in zip(before, _counters(lanes), strict=True)]
+        spent = [end - start for start, end in zip(before, after, strict=True)]
         for phase, count in tokens.items():
             if count:
-                self.phases[phase].add(count, [value * count / rows for value in spent])
+                self.phases[phase].add(count, spent if count == rows else [value * count / rows for value in spent])
         if any(tokens.values()):
-            self.tiers.setdefault(row_tier(rows), PhaseTimes()).add(rows, spent)
+            tier = row_tier(rows)
+            if tier not in self.tiers:
+                self.tiers[tier] = PhaseTimes()
+            self.tiers[tier].add(rows, spent)
 
     def judged(self, drafted: int, accepted: int) -> None:
         """Count a request's drafts of one pass, already counted as rows, and those of them that were right."""
@@ -198,7 +197,7 @@ class LaneReport:
         return console.file.getvalue() + drafts + (f"{self.experts.line()}\n" if self.experts.steps else "")
 
 
-def _counters(lanes: Lanes) -> tuple[float, ...]:
+def counters(lanes: Lanes) -> tuple[float, ...]:
     """wall_s of `PhaseTimes` and what follows it, in that order."""
     return time.perf_counter(), lanes.cpu_lane_s, lanes.waited_s, lanes.handover_s, lanes.streamed_bytes
 

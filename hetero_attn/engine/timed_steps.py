@@ -22,7 +22,7 @@ def fill(engine: Engine, sequence: SequenceState, tokens: int) -> None:
     stop = sequence.length + tokens
     while sequence.length < stop:
         rows = min(engine.prefill_chunk, stop - sequence.length)
-        with forward.guarded(), lanes.torch_at_rest():
+        with forward.guard, lanes.torch_at_rest():
             chunk = Rows(sequence, range(rows), 0, is_chunk=True)
             forward.store(make_step(lanes, engine.kv_cache, [chunk]))
         sequence.length += rows
@@ -40,7 +40,7 @@ def decode_terms(engine: Engine, sequence: SequenceState, token_id: int) -> dict
     if lanes.device is not None or forward.replay is None:
         stopwatch = Stopwatch()
         with lanes.torch_at_rest(), observe.watched(lanes, stopwatch):
-            forward.run(step, [token_id])
+            forward.run(step)
         return stopwatch.seconds
 
     def replay_of(term: str | None) -> Callable[[], None]:
@@ -61,6 +61,6 @@ def prefill_terms(engine: Engine, sequence: SequenceState, token_ids: Sequence[i
     stopwatch = Stopwatch()
     with lanes.torch_at_rest(), observe.watched(lanes, stopwatch):
         step = make_step(lanes, engine.kv_cache, [Rows(sequence, token_ids, is_chunk=True)])
-        forward.run(step, token_ids)
+        forward.run(step)
         forward.logits_of(step.rows - 1, step.rows)
     return stopwatch.seconds

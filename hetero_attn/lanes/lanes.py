@@ -125,12 +125,9 @@ class Lanes:
         if self.ring is not None:
             self.device.wait(compute, self.device.record(copies))
 
-    @contextmanager
-    def cpu_lane(self) -> Iterator[None]:
+    def cpu_lane(self) -> AbstractContextManager[None]:
         """Count the time of the enclosed work as the CPU lane's."""
-        started = time.perf_counter()
-        yield
-        self._called_s += time.perf_counter() - started
+        return _CpuLane(self)
 
     def main_lane(self) -> AbstractContextManager[None]:
         """Around work that runs where the residual stream lives: the CPU lane's time when there is no device."""
@@ -157,15 +154,6 @@ class Lanes:
         self.host_ops, self.device, self.handover, self._is_observed = host_ops, device, handover, is_observed
         for ahead in self._ahead:
             ahead.device = device
-
-    @contextmanager
-    def given_up_on_error(self) -> Iterator[None]:
-        """Leave no job, no announced copy and no queued work behind when the enclosed step fails."""
-        try:
-            yield
-        except BaseException:
-            self.reset()
-            raise
 
     def on_host(self, job: Callable[[], None]) -> None:
         """Give the host worker a job; it starts once the copies queued so far have been made.
@@ -238,12 +226,13 @@ class Lanes:
 
     def finish(self) -> None:
         """Wait until every job and all queued GPU work have ended; host memory then holds what they wrote."""
+        if self.device is None:
+            return
         self.settle_device()
-        if self.device is not None:
-            self._copied = False
-            self._inputs = None
-            for ahead in self._ahead:
-                ahead.settle()
+        self._copied = False
+        self._inputs = None
+        for ahead in self._ahead:
+            ahead.settle()
 
     def reset(self) -> None:
         """Leave no job, no queued work and nothing announced; for a step that was given up half-way."""
@@ -282,3 +271,17 @@ class Lanes:
         started = time.perf_counter()
         yield
         self.waited_s += time.perf_counter() - started
+
+
+class _CpuLane:
+    """See `Lanes.cpu_lane`; what fails is not counted."""
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is None:
+            self._lanes._called_s += time.perf_counter() - self._started

@@ -78,6 +78,11 @@ class ModelWeights:
         first = () if self.fusion is None else self.fusion.linears.values()
         return (*first, *self.step_linears)
 
+    @cached_property
+    def embedding_factor(self) -> torch.Tensor:
+        """What embedded rows are multiplied by, float32 [1, 1] in host memory."""
+        return torch.full((1, 1), self.spec.embedding_scale, dtype=torch.float32, device="cpu")
+
     def linear(self, name: str) -> LinearWeights:
         """A linear by its shard name."""
         return next(weights for weights in self.linears if weights.spec.name == name)
@@ -90,14 +95,15 @@ def capped(logits: torch.Tensor, cap: float) -> torch.Tensor:
 
 def embed(lanes: Lanes, weights: ModelWeights, token_ids: torch.Tensor, residual: Activation) -> None:
     """Start the residual stream with the rows of `token_ids` int64 [rows]; on its way to a GPU it passes the host
-    side."""
-    residual = residual.columns(0, weights.spec.hidden_size)
-    if format_of(weights.embed_format).is_row_major:
-        # For a single row torch's gather costs as much as an attention block of a small model.
-        residual.host.copy_(weights.embed[token_ids if len(token_ids) > 1 else token_ids.item()])
+    side. Without a GPU all of it is the CPU's operations, so that a recorded step begins with it."""
+    residual, scale = residual.columns(0, weights.spec.hidden_size), weights.spec.embedding_scale
+    if lanes.device is not None and format_of(weights.embed_format).is_row_major:
+        residual.host.copy_(weights.embed[token_ids])  # the CPU's operations may be the host worker's now
     else:
         lanes.host_ops.unpack_rows(weights.embed, weights.embed_format, token_ids, residual.host)
-    if weights.spec.embedding_scale != 1.0:
-        residual.host.mul_(weights.spec.embedding_scale)
+    if scale != 1.0 and lanes.device is not None:
+        residual.host.mul_(scale)
+    elif scale != 1.0:
+        lanes.host_ops.scale_rows(weights.embedding_factor.expand(len(token_ids), 1), residual.host)
     if lanes.device is not None:
         lanes.copy(residual.device, residual.host)

@@ -93,11 +93,13 @@ class Step:
     positions: int64 [rows] on both sides. tier: the row tier that selects every linear's cut. pools: for each
     pool of the cache, in its order. sequence_ids: int64 [rows] on both sides, of each row's sequence among the
     states of fixed size; neither side where the model has none. kept_states: (rows, place), ascending: behind so many
-    rows the state of the last one's sequence is kept in a place of `KVCache.prefix_states`.
+    rows the state of the last one's sequence is kept in a place of `KVCache.prefix_states`. token_ids: int64 [rows] in
+    host memory.
     """
 
     rows: int
     tier: int
+    token_ids: torch.Tensor
     positions: Activation
     parts: tuple[Part, ...]
     pools: tuple[PoolStep, ...]
@@ -128,7 +130,8 @@ def make_step(lanes: Lanes, cache: KVCache, work: Sequence[Rows]) -> Step:
         positions, sequence_ids, stores = _uploaded(lanes, positions, sequence_ids, stores)
     pools = tuple([PoolStep(_slots(each), tuple(_segments(each, step_rows))) for each in stores])
     kept = tuple(_kept_states(cache, work)) if cache.states else ()
-    return Step(rows, row_tier(rows), positions, tuple(_parts(step_rows)), pools, sequence_ids, kept)
+    token_ids = torch.from_numpy(np.array([token_id for each in work for token_id in each.token_ids], np.int64))
+    return Step(rows, row_tier(rows), token_ids, positions, tuple(_parts(step_rows)), pools, sequence_ids, kept)
 
 
 def _kept_states(cache: KVCache, work: Sequence[Rows]) -> Iterator[tuple[int, int]]:

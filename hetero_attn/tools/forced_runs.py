@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hetero_attn.cache.pool import SequenceState
 from hetero_attn.engine.engine import Engine
 
 TINIEST = torch.finfo(torch.float64).tiny
@@ -65,7 +66,7 @@ def forced(engine: Engine, token_ids: Sequence[int], decoded: int) -> torch.Tens
     return torch.cat(rows)
 
 
-def _prefilled(engine: Engine, sequence: object, token_ids: Sequence[int]) -> torch.Tensor:
+def _prefilled(engine: Engine, sequence: SequenceState, token_ids: Sequence[int]) -> torch.Tensor:
     chunk = engine.prefill_chunk
     starts = range(0, len(token_ids), chunk)
     return torch.cat([engine.prefill_logits(sequence, token_ids[start : start + chunk]) for start in starts])

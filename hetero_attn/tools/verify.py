@@ -28,7 +28,7 @@ from gpu_kernels import reference
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.engine.build import build_engine
 from hetero_attn.engine.engine import Engine
-from hetero_attn.engine.forward import make_buffers
+from hetero_attn.engine.passes.buffers import make_buffers
 from hetero_attn.errors import PromptError
 from hetero_attn.lanes import observe
 from hetero_attn.llm import LLM, Prompt

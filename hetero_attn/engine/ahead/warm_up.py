@@ -11,9 +11,11 @@ import torch
 
 from cpu_kernels import CpuKernels
 from cpu_kernels.contract import ChunkKeys, DeltaRule, Pages, Partial, Picks, Rotation, Routes, RowKeys, Scoring
+from cpu_kernels.formats import format_of
 from cpu_kernels.formats.pages import row_items
 from cpu_kernels.formats.weights import BLOCK_FEATURES, block_bytes
 from hetero_attn.cache.pages import TORCH_DTYPES
+from hetero_attn.checkpoints.loading.unit_rows import PLAIN_DTYPES
 from hetero_attn.engine.engine import Engine
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.decoder.mlp import activation_op
@@ -40,6 +42,7 @@ def warm_up(ops: CpuKernels, config: ModelConfig, formats: WeightFormats, kv_dty
             ops.gather_columns(x, torch.zeros(WIDTH, dtype=torch.int32, device="cpu"), torch.zeros_like(x))
         if config.delta is not None:
             _delta(ops, config.delta)
+        _embedding(ops, formats.embed, config.embedding_scale != 1.0)
         for name in formats.names:
             for rows in ROW_COUNTS:
                 _linears(ops, config, name, rows)
@@ -80,6 +83,17 @@ def make_first_steps(
                 engine.decode_step([sequence], [0])
         engine.kv_cache.close(sequence)
     engine.report.forget()
+
+
+def _embedding(ops: CpuKernels, name: str, is_scaled: bool) -> None:
+    kind, out = format_of(name), torch.zeros(1, WIDTH, **FLOAT32)
+    if kind.is_row_major:
+        rows = torch.zeros(1, WIDTH, dtype=PLAIN_DTYPES[name], device="cpu")
+    else:
+        rows = torch.zeros(1, kind.block_bytes(WIDTH), dtype=torch.uint8, device="cpu")
+    ops.unpack_rows(rows, name, torch.zeros(1, dtype=torch.int64, device="cpu"), out)
+    if is_scaled:
+        ops.scale_rows(out[:, :1].clone(), out)
 
 
 def _linears(ops: CpuKernels, config: ModelConfig, weight_dtype: str, rows: int) -> None:

@@ -1,43 +1,66 @@
 """A decode step on the CPU lane, recorded once for each batch size and replayed for every token.
 
-The layers of a decode step call the same operations on the same buffers token after token; only the residual rows, the
-positions and the page tables differ, and those are read from memory. So the calls are recorded as one program of the
+A decode step calls the same operations on the same buffers token after token; only the tokens, their positions and the
+page tables differ, and those are read from memory. So the calls are recorded as one program of the
 thread team, which then runs whole steps without Python. The un-recorded path computes the same, bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from cpu_kernels import CpuKernels
 from cpu_kernels.contract import RowKeys
 from cpu_kernels.team.program import Program
+from hetero_attn.cache.cache import KVCache
+from hetero_attn.engine.replays.renewal import Renewal
 from hetero_attn.lanes.activation import Activation
-from hetero_attn.ops.step import PoolStep, Step
+from hetero_attn.ops.step import PoolStep, Rows, Step
+
+
+class Recorded(NamedTuple):
+    """A step whose host tensors a program reads, and what writes the next one into them."""
+
+    step: Step
+    renewal: Renewal
+    program: Program
 
 
 class DecodeReplay:
-    """Programs of decode steps by batch size. `forward(step)` computes one step without its embedding, logits
-    included."""
+    """Programs of decode steps by batch size. `forward(step)` computes one step, from its tokens or from their embedded
+    rows to the logits."""
 
     def __init__(self, ops: CpuKernels, forward: Callable[[Step], None]) -> None:
         self._ops = ops
         self._forward = forward
-        self._recorded: dict[int, tuple[Step, Program]] = {}
+        self._recorded: dict[int, Recorded] = {}
 
     def program(self, rows: int) -> Program:
         """The recorded step of this batch size; KeyError before its first run."""
-        return self._recorded[rows][1]
+        return self._recorded[rows].program
+
+    def renewed(self, cache: KVCache, work: Sequence[Rows], rows: int) -> Step | None:
+        """The recorded step of so many rows, which attend one by one, with what `make_step` would say of this work;
+        None before there is one. The next call, or the next step of as many rows, writes over it."""
+        recorded = self._recorded.get(rows)
+        if recorded is None:
+            return None
+        recorded.renewal.write(cache, work)
+        return recorded.step
 
     def run(self, step: Step) -> None:
-        """Compute a decode step whose embedded rows are in the residual; records its batch size when it is new."""
-        if step.rows not in self._recorded:
+        """Compute a decode step; records its batch size when it is new."""
+        recorded = self._recorded.get(step.rows)
+        if recorded is None:
             own = own_copy(step)
-            self._recorded[step.rows] = (own, self._ops.record(lambda: self._forward(own)))
-        own, program = self._recorded[step.rows]
-        refresh(own, step)
-        program.run()
+            program = self._ops.record(lambda: self._forward(own))
+            recorded = self._recorded[step.rows] = Recorded(own, Renewal(own), program)
+        if recorded.step is not step:
+            refresh(recorded.step, step)
+            recorded.renewal.forget()
+        recorded.program.run()
 
 
 def own_copy(step: Step) -> Step:
@@ -49,7 +72,13 @@ def own_copy(step: Step) -> Step:
         )
         for pool in step.pools
     )
-    return replace(step, positions=_own(step.positions), pools=pools, sequence_ids=_own(step.sequence_ids))
+    return replace(
+        step,
+        token_ids=step.token_ids.clone(),
+        positions=_own(step.positions),
+        pools=pools,
+        sequence_ids=_own(step.sequence_ids),
+    )
 
 
 def refresh(own: Step, step: Step) -> None:
@@ -69,7 +98,7 @@ def _clone(segment: RowKeys | None) -> RowKeys | None:
 
 
 def _tensors(step: Step) -> list[torch.Tensor]:
-    tensors = [step.positions.host, step.sequence_ids.host]
+    tensors = [step.token_ids, step.positions.host, step.sequence_ids.host]
     for pool in step.pools:
         tensors.append(pool.slots.host)
         for part in pool.parts:

@@ -8,7 +8,7 @@ from hetero_attn.cache.stream import PageStream
 from hetero_attn.devices import Device
 from hetero_attn.engine.build import step_table_bytes_of
 from hetero_attn.engine.engine import Engine
-from hetero_attn.engine.forward import make_buffers
+from hetero_attn.engine.passes.buffers import make_buffers
 from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.flag_handover import FlagHandover
 from hetero_attn.lanes.lanes import Lanes
