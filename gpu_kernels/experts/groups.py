@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gpu_kernels.forms.unpack import Form
+
 _LOW_HALF = tl.constexpr(0x0F0F0F0F)
 
 
@@ -191,9 +193,9 @@ def runs_of(header: str) -> int:
     return 1 if header in ("SM64", "F128", "SZ64", "SZ128", "SI64", "SI128") else 2
 
 
-def takes_sums(header: str) -> bool:
+def takes_sums(form: Form) -> bool:
     """Whether `add_group` reads the sums of halves of the inputs."""
-    return header in ("SM32", "K2M32") or header.startswith(("SZ", "SI"))
+    return form.has_zero_points or form.header in ("SM32", "K2M32")
 
 
 def table_words(table: tuple[int, ...]) -> tuple[int, ...]:

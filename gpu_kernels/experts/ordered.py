@@ -106,7 +106,7 @@ def _add_group(
         scales = [at.half(32 * run) for run in range(2)]
     elif form.header == "E32":
         scales = [at.power(16 * (2 * inside + run)) for run in range(2)]
-    elif form.header.startswith(("SZ", "SI")):
+    elif form.has_zero_points:
         return fma(_with_zeros(in_halves, at, inside, form), factor, result)
     elif form.header == "T16":
         return fma(_chain(dots, [at.of_tensor(LINE + 16 * (4 * inside + run)) for run in range(4)]), factor, result)

@@ -25,7 +25,7 @@ def shape_of(weight_dtype: str, rows: int, has_sources: bool, experts: int) -> S
         BLOCKS=BLOCKS,
         HEADER=form.header,
         RUNS=runs,
-        TAKES_SUMS=takes_sums(form.header),
+        TAKES_SUMS=takes_sums(form),
         BITS=form.bits,
         OFFSET=0 if form.bits == 8 else form.offset,
         TOGETHER=form.inputs // GROUP,

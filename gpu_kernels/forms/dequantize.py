@@ -146,7 +146,7 @@ def _shape(name: str) -> Shape:
     form, (low, high) = FORMS[name], _halves_of(FORMS[name].table)
     return Shape(
         HEADER=form.header,
-        HAS_ZEROS=form.header.startswith(("SZ", "SI")),
+        HAS_ZEROS=form.has_zero_points,
         BITS=form.bits,
         TOGETHER=form.inputs // GROUP,
         HEADER_BYTES=64 * form.header_lines,

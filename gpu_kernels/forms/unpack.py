@@ -46,6 +46,11 @@ class Form(NamedTuple):
     values: tuple[float, ...] = ()
     e4m3: bool = False
 
+    @property
+    def has_zero_points(self) -> bool:
+        """Whether a header holds zero points, which are taken from codes as an offset is."""
+        return self.header.startswith(("SZ", "SI"))
+
 
 FORMS = {
     "q4_0": Form(4, 64, 1, "S32", 8),
@@ -143,7 +148,7 @@ def _numbers(header: Tensor, form: Form) -> tuple[Tensor, Tensor]:
         factor = header[..., :LINE].contiguous().view(torch.float32)[:, :, None]
         scale = header[..., LINE:].contiguous().view(torch.float8_e4m3fn).float().unflatten(-1, (16, FEATURES)) / 256
         return torch.where(factor < 0, scale / -factor, scale * factor), none
-    if form.header.startswith(("SZ", "SI")):
+    if form.has_zero_points:
         each = int(form.header[2:])
         groups = form.inputs // each
         scale = halves(0, groups)

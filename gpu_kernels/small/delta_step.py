@@ -67,6 +67,36 @@ def _convolved(
     return _silu(total)
 
 
+@triton.jit
+def _gates_of(gates, rates, dt_bias, head, VALUE_HEADS: tl.constexpr):
+    """(strength, decay) of a value head of a row."""
+    strength = 1.0 / (1.0 + ordered_exp(-tl.load(gates + head)))
+    gate = tl.load(gates + VALUE_HEADS + head)
+    return strength, _decay(tl.load(rates + head), gate + tl.load(dt_bias + head))
+
+
+@triton.jit
+def _advanced(state, q, k, v, strength, decay, inside):
+    """y of some columns of a value head, whose state, pointers [key_dim, columns], moves on by a row."""
+    matrix = tl.load(state, mask=inside, other=0.0)
+    change = strength * (v - decay * tl.sum(k[:, None] * matrix, axis=0))
+    matrix = decay * matrix + k[:, None] * change[None, :]
+    tl.debug_barrier()
+    tl.store(state, matrix, mask=inside)
+    return tl.sum(q[:, None] * matrix, axis=0)
+
+
+@triton.jit
+def _store_normed(out, y, z, norm, eps, VALUE_DIM: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write a value head's y [blocks, columns], normed and gated by what lies at z."""
+    column = tl.arange(0, BLOCKS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = column < VALUE_DIM
+    inverse = tl.rsqrt(tl.sum(tl.sum(y * y, axis=1), axis=0) / VALUE_DIM + eps)
+    gate = tl.load(z + column, mask=inside, other=0.0)
+    normed = y * inverse * tl.load(norm + column, mask=inside, other=0.0) * _silu(gate)
+    tl.store(out + column, normed, mask=inside)
+
+
 @Kernel
 @triton.jit(do_not_specialize=["rows"])
 def _delta_step_kernel(
@@ -131,9 +161,7 @@ def _delta_step_kernel(
         q = tl.sum(tl.where(is_second, 0.0, both), axis=0) * scale
         for value in range(PER_KEY):
             of_head = head * PER_KEY + value
-            strength = 1.0 / (1.0 + ordered_exp(-tl.load(row_gates + of_head)))
-            gate = tl.load(row_gates + KEY_HEADS * PER_KEY + of_head)
-            decay = _decay(tl.load(rates + of_head), gate + tl.load(dt_bias + of_head))
+            strength, decay = _gates_of(row_gates, rates, dt_bias, of_head, KEY_HEADS * PER_KEY)
             own, values = state + of_head * (KEY_DIM * VALUE_DIM), unit + 2 * KEY_DIM + value * VALUE_DIM
             y = tl.zeros([BLOCKS, COLUMNS], tl.float32)
             for block in range(BLOCKS):
@@ -141,22 +169,13 @@ def _delta_step_kernel(
                 in_head = column < VALUE_DIM
                 cell = own + key[:, None] * VALUE_DIM + column[None, :]
                 inside = (key < KEY_DIM)[:, None] & in_head[None, :]
-                matrix = tl.load(cell, mask=inside, other=0.0)
                 feature = 2 * KEY_HEADS * KEY_DIM + of_head * VALUE_DIM + column
                 v = _convolved(values, kept, conv, column, feature, in_head, conv_tap, conv_feature, width, TAPS)
-                change = strength * (v - decay * tl.sum(k[:, None] * matrix, axis=0))
-                matrix = decay * matrix + k[:, None] * change[None, :]
-                tl.debug_barrier()
-                tl.store(cell, matrix, mask=inside)
                 is_block = tl.arange(0, BLOCKS)[:, None] == block
-                y = tl.where(is_block, tl.sum(q[:, None] * matrix, axis=0)[None, :], y)
-            column = tl.arange(0, BLOCKS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-            inside = column < VALUE_DIM
-            inverse = tl.rsqrt(tl.sum(tl.sum(y * y, axis=1), axis=0) / VALUE_DIM + eps)
-            z = tl.load(values + PER_KEY * VALUE_DIM + column, mask=inside, other=0.0)
-            normed = y * inverse * tl.load(norm + column, mask=inside, other=0.0) * _silu(z)
+                y = tl.where(is_block, _advanced(cell, q, k, v, strength, decay, inside)[None, :], y)
             place = value * KEY_HEADS + head if IS_TILED else of_head
-            tl.store(row_out + place * VALUE_DIM + column, normed, mask=inside)
+            z = values + PER_KEY * VALUE_DIM
+            _store_normed(row_out + place * VALUE_DIM, y, z, norm, eps, VALUE_DIM, BLOCKS, COLUMNS)
         tl.debug_barrier()
         row = tl.min(tl.where(is_own & (index > row), index, ROWS_PAD), axis=0)
 

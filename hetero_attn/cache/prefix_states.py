@@ -2,7 +2,9 @@
 
 Keys and values of a prefix stay where they are while a sequence grows beyond it; its state is overwritten. So a prompt
 says before it is computed at which lengths its state shall be kept, the step that passes such a length copies it, and
-it belongs to the page of the prefix tree that ends there until its place is wanted for another one.
+it belongs to the page of the prefix tree that ends there until its place is wanted for another one. Conversations by
+turns would push out each other's newest states, were the oldest always the first to go: those that a conversation has
+left behind go before.
 """
 
 from collections.abc import Mapping
@@ -80,9 +82,25 @@ class PrefixStates:
 
     def _take(self) -> int | None:
         if not self._free and self._kept:
-            self.drop(next(iter(self._kept)))
+            self.drop(self._least_needed())
         if not self._free:
             return None
         place = self._free.pop()
         self._layers_kept[place] = 0
         return place
+
+    def _least_needed(self) -> Node:
+        """Of the nodes with states the first one whose conversation has gone on: two kept behind it lead nowhere but on
+        from each other, and a next turn goes on from one of them. Else that of use longest ago."""
+        behind: dict[Node, list[Node]] = {}
+        for node in self._kept:
+            if (before := self._kept_before(node)) is not None:
+                behind.setdefault(before, []).append(node)
+        outgrown = (node for node, later in behind.items() if len(later) == 1 and later[0] in behind)
+        return next(outgrown, next(iter(self._kept)))
+
+    def _kept_before(self, node: Node) -> Node | None:
+        before = node.parent
+        while before is not None and before not in self._kept:
+            before = before.parent
+        return before

@@ -79,7 +79,7 @@ def build_workload(
         kv_tokens=sizes.kv_tokens,
         small_calls=sum(block.small_calls for layer in model.layers for block in layer),
         states=states,
-        prefix_cache=sizes.prefix_cache,
+        prefix_states=_least_prefix_states(sizes) if states and kv and sizes.prefix_cache else 0,
     )
 
 
@@ -118,6 +118,12 @@ def _state_shards(model: ModelSpec) -> tuple[StateShard, ...]:
         for block in model.blocks
         if isinstance(block.state, FixedState)
     )
+
+
+def _least_prefix_states(sizes: Sizes) -> int:
+    """As many as two turns of a conversation have and one for another, for every sequence one more. They are found by
+    pages of keys and values."""
+    return sizes.max_batch + 4
 
 
 def _kv_shards(model: ModelSpec, kv_dtype: str) -> tuple[KvShard, ...]:

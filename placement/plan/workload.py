@@ -67,8 +67,8 @@ class Workload:
     chunk_choices: prefill chunks that the planner may choose instead, ascending; empty where the chunk is given.
     smaller_chunks: those below them, descending, for budgets in which none of them finds room: one after another.
     small_calls: operations of a pass on the CPU beside linears and attention; 0 is four a layer. states: what layers
-    keep of each sequence beside keys and values. prefix_cache: whether they are kept at the ends of prompts.
-    inserts: the most experts of a layer that are copied into expert slots
+    keep of each sequence beside keys and values. prefix_states: at how many ends of prompts they are kept in host
+    memory, for prompts that go on from there. inserts: the most experts of a layer that are copied into expert slots
     behind a step, 0 leaves in them what is there. drafting: how tokens are made where somebody drafts, None
     where nobody does.
     """
@@ -98,7 +98,7 @@ class Workload:
     smaller_chunks: tuple[ChunkChoice, ...] = ()
     small_calls: int = 0
     states: tuple[StateShard, ...] = ()
-    prefix_cache: bool = True
+    prefix_states: int = 0
     inserts: int = MOST_INSERTS
     drafting: Drafting | None = None
 
@@ -208,15 +208,8 @@ class Workload:
         return self.max_batch * sum(shard.bytes_per_sequence for shard in self.states)
 
     @property
-    def prefix_states(self) -> int:
-        """How many ends of prompts keep their states in host memory, for prompts that go on from there: as many as two
-        turns of a conversation have, and one more for every further sequence. They are found by pages of keys and
-        values."""
-        return self.max_batch + 3 if self.states and self.kv and self.prefix_cache else 0
-
-    @property
     def prefix_state_bytes(self) -> int:
-        """Host memory of those."""
+        """Host memory of the states that are kept at ends of prompts."""
         return self.prefix_states * sum(shard.bytes_per_sequence for shard in self.states)
 
     @cached_property

@@ -16,6 +16,8 @@ from placement.plan.workload import Workload
 from placement.policy.policy import Policy
 
 DEFAULT_STAGING_SLOTS = 4
+PREFIX_SHARE = 1 / 16  # of host memory that nothing else needs: it fills with use, and is then no other program's
+MOST_PREFIX_STATES = 32  # sixteen conversations' newest two
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ def requested(
         elastic=on_gpu and (policy.elastic or workload.elastic),
         staging_piece_bytes=hardware.staging_piece_bytes,
         inserts=workload.inserts if policy.inserts is None else policy.inserts,
+        prefix_states=_prefix_states(workload, hardware.dram_bytes if policy.host_memory is None else 0),
     )
     machine = hardware.with_threads(policy.threads) if policy.threads else hardware
     machine = machine.for_working_set(working_set_bytes(workload, reference_context(workload)))
@@ -94,6 +97,18 @@ def requested(
     staging_slots = DEFAULT_STAGING_SLOTS if policy.staging_slots is None else policy.staging_slots
     limits = {"gpu": budget if on_gpu else None, "pinned": policy.pinned_memory, "host": policy.host_memory}
     return PlanRequest(workload, machine, policy, device, limits, staging_slots if on_gpu else 0)
+
+
+def _prefix_states(workload: Workload, host_bytes: int) -> int:
+    """At how many ends of prompts states are kept, where they are at all: no fewer than the workload asks for, more
+    where host memory would be left though all weights and the whole cache were there. host_bytes: 0 where a budget says
+    what may be taken, of which more than is needed would make a smaller one fail."""
+    if not workload.prefix_states:
+        return 0
+    cache = sum(shard.kv_heads * workload.layer_tokens(shard) * shard.bytes_per_token for shard in workload.kv)
+    left = host_bytes - workload.weight_bytes - workload.embed_bytes - cache - workload.state_bytes
+    each = workload.prefix_state_bytes // workload.prefix_states
+    return max(workload.prefix_states, min(MOST_PREFIX_STATES, int(PREFIX_SHARE * left) // each))
 
 
 def _check_sizes(workload: Workload, policy: Policy) -> None:

@@ -92,7 +92,7 @@ def counted(plan):
         pinned += placed.gpu_kv_heads * shard.bytes_per_token * (whole if kept < whole else 0)
         host += (placed.kv_heads - placed.gpu_kv_heads) * shard.bytes_per_token * whole
     rows = max(workload.prefill_chunk, workload.max_batch)
-    host += sum(4 * math.prod(shard.shape) * (workload.max_batch + 3) for shard in workload.states)
+    host += sum(4 * math.prod(shard.shape) * (workload.max_batch + 4) for shard in workload.states)
     host += workload.embed_bytes + rows * (workload.host_activation_bytes_per_row or workload.activation_bytes_per_row)
     return {"pinned": pinned, "host": host + pinned}
 

@@ -9,6 +9,7 @@ from hetero_attn import LLM, Policy, SamplingParams
 from hetero_attn.errors import HeteroError
 from hetero_attn.models.delta import runs_of
 from hetero_attn.ops import step as steps
+from placement.solve.request import MOST_PREFIX_STATES
 from tests.support.moe import make_moe
 from tests.support.runtime import nmse
 
@@ -16,6 +17,7 @@ PAGE = 8
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 DRAWN = torch.randint(307, (200,), generator=torch.Generator().manual_seed(4)).tolist()
 SYSTEM, ASKED = DRAWN[:41], DRAWN[60:83]
+LITTLE_MEMORY = Policy(prefill_chunk=16, host_memory="3 MiB")  # in which no more states are kept than two turns have
 EXACT = 1e-9  # of sums that run over all tokens, in float32
 
 
@@ -105,15 +107,51 @@ def test_more_prompts_than_places(path):
     """The states that were of use longest ago make room, and what comes again is computed anew, or not, but right."""
     generator = torch.Generator().manual_seed(9)
     prompts = [torch.randint(307, (40,), generator=generator).tolist() for _ in range(6)]
-    with load(path) as llm:
+    with load(path, policy=LITTLE_MEMORY) as llm:
         first = [llm.generate([prompt], GREEDY)[0] for prompt in prompts]
         places = llm.plan.workload.prefix_states
         again = [llm.generate([prompt], GREEDY)[0] for prompt in reversed(prompts)]
         states = llm.engine.kv_cache.prefix_states
 
-        assert len(states._kept) + len(states._free) == places == 5
+        assert len(states._kept) + len(states._free) == places == 6
     assert [output.token_ids for output in again] == [output.token_ids for output in reversed(first)]
     assert reused(again[0]) == 32 and reused(again[-1]) == 0
+
+
+def talked(llm, count):
+    """(prompt, output) of so many conversations that take turns and begin like no other."""
+    talks = [[[place, *prompt] for prompt in turns()] for place in range(count)]
+    return [(prompt, llm.generate([prompt], GREEDY)[0]) for turn in zip(*talks, strict=True) for prompt in turn]
+
+
+def check_talks(path, count, **options):
+    """Each goes on behind all but the last pages of what its prompt before has alike; returns the places for states."""
+    with load(path, max_context=400, prefix_cache=False) as llm:
+        expected = [output.token_ids for _, output in talked(llm, count)]
+    with load(path, max_context=400, **options) as llm:
+        found, places = talked(llm, count), llm.plan.workload.prefix_states
+
+    assert [output.token_ids for _, output in found] == expected
+    for before, (_, output) in zip([None] * count + [prompt for prompt, _ in found], found, strict=False):
+        alike = 0 if before is None else len(before) - 3
+        assert alike - 2 * PAGE < reused(output) <= alike
+    return places
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_two_conversations_by_turns_each_go_on_from_their_own_prompt_before(path, device):
+    """There were four places for one sequence, in which they pushed out each other's states."""
+    assert check_talks(path, 2, device=device, max_batch=1, policy=LITTLE_MEMORY) == 5
+
+
+def test_what_a_conversation_has_left_behind_goes_before_the_newest_of_another(path):
+    """Of three that take turns in seven places, where the oldest always went first."""
+    assert check_talks(path, 3, max_batch=3, policy=LITTLE_MEMORY) == 7
+
+
+def test_more_states_are_kept_where_there_is_memory(path):
+    """A share of what weights and cache would leave, though they were all in host memory."""
+    assert check_talks(path, 3, max_batch=1) == MOST_PREFIX_STATES
 
 
 def test_a_step_that_fails_keeps_nothing(path, monkeypatch):

@@ -28,8 +28,8 @@ class ExpertsDeclaration(Declaration):
         self.linears = (self.experts, *self.shared)
         self.vectors = norm_vectors(config, "mlp_norm", layer) + _router_vectors(experts, layer)
         self.matrices = (_router(config, experts, layer),)
-        # norm, route, activation, sum; of a shared one two, its factor; of biases one a product
-        self.small_calls = 4 + 2 * experts.has_shared + experts.is_gated + 2 * experts.has_bias
+        # norm, route, activation, sum; of a shared one its activation, its factor; of biases one a product
+        self.small_calls = 4 + experts.has_shared + experts.is_gated + 2 * experts.has_bias
         self._gate_up, self._down = self.experts.first
         per_row, padded = experts.per_row, round_up(config.hidden_size, BLOCK_FEATURES)
         self.buffers = (

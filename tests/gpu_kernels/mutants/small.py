@@ -183,7 +183,7 @@ MUTANTS = {
     ),
     "queries that are not scaled": ("small/delta_step", "delta_step", DELTA, "axis=0) * scale", "axis=0)"),
     "lengths over the padded key": ("small/delta_step", "delta_step", DELTA, "pair % KEY_PAD < KEY_DIM", "pair >= 0"),
-    "strengths for decays": ("small/delta_step", "delta_step", DELTA, "KEY_HEADS * PER_KEY + of_head)", "of_head)"),
+    "strengths for decays": ("small/delta_step", "delta_step", DELTA, "gates + VALUE_HEADS + head", "gates + head"),
     "delta norm without epsilon": ("small/delta_step", "delta_step", DELTA, "/ VALUE_DIM + eps", "/ VALUE_DIM"),
     "delta norm over the padded head": (
         "small/delta_step",
