@@ -51,17 +51,17 @@ def ahead_bytes(isa: Isa, item: WeightFormat, rows: int) -> int:
     """How far ahead of the weight stream is asked for, 0 for nothing.
 
     One row is as fast as its lines come, and what is asked for 2 KB ahead holds the first level's few miss buffers
-    longer than the CPU's own streams do: on Zen 4 without them a thread reads q5_k at 24 instead of 15 GB/s. CPUs that
-    have AVX2 alone are older: a Zen 3 that asks 1.5 KB ahead reads the same at 94 % of a sweep, 68 % without; whole
-    bytes, whose lines follow each other, as fast without. A Zen 4 with AVX-512 reads those in 0.96 to 0.98 of the time
-    when it asks 3 KB ahead. Codes that were spread are in the cache.
+    longer than the CPU's own streams do: on Zen 4 without them a thread reads q5_k at 24 instead of 15 GB/s. Where an
+    older CPU `asks_ahead`, 1.5 KB are best; whole bytes, whose lines follow each other, are as fast without. A Zen 4
+    with AVX-512 reads those in 0.96 to 0.98 of the time when it asks 3 KB ahead. Codes that were spread are in the
+    cache.
     """
     if item.plane in SPREAD_PLANES.values():
         return 0
     if rows == 1 and isa.name == "avx512" and item.plane == "i8":
         return BYTES_AHEAD_BYTES
     if rows == 1:
-        return ROW_AHEAD_BYTES if isa.name == "avx2" and item.plane != "i8" else 0
+        return ROW_AHEAD_BYTES if isa.asks_ahead and item.plane != "i8" else 0
     return FAR_AHEAD_BYTES if rows >= FAR_ROWS.get(item.name, 4) else AHEAD_BYTES
 
 

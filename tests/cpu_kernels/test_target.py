@@ -3,6 +3,8 @@
 import llvmlite.binding as llvm
 import pytest
 
+from cpu_kernels.formats import FORMATS
+from cpu_kernels.linear.q_kernel import ahead_bytes
 from cpu_kernels.vectors.isa import choose, host_features, named
 from cpu_kernels.vectors.target import target_of
 from tests.support.cpu_oracles import ISAS
@@ -51,6 +53,18 @@ def test_tables_of_128_bytes_are_for_the_best_path_of_a_cpu_that_has_them(has_ta
 
     assert choose("avx512").has_byte_tables is has_tables
     assert not choose("avx512vnni").has_byte_tables and not named("avx512").has_byte_tables
+
+
+@pytest.mark.parametrize("has_more", [True, False])
+def test_one_row_asks_for_lines_ahead_on_a_cpu_that_has_avx2_alone(has_more, monkeypatch):
+    features = {"avx2", "fma", "f16c"} | ({"avx512f", "avx512bw", "avx512vl", "avx512vnni"} if has_more else set())
+    monkeypatch.setattr("cpu_kernels.vectors.isa.host_features", lambda: frozenset(features))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+
+    q5_k = FORMATS["q5_k"]
+
+    assert bool(ahead_bytes(choose("avx2"), q5_k, 1)) is not has_more
+    assert ahead_bytes(choose("avx2"), q5_k, 4) == ahead_bytes(named("avx2"), q5_k, 4)
 
 
 def test_the_best_path_is_the_cpu_as_it_is():
