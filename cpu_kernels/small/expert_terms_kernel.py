@@ -13,7 +13,7 @@ from numba import types
 
 from cpu_kernels.small.elementwise_sizes import SILU_UNITS
 from cpu_kernels.small.picks import busy_expert, busy_experts
-from cpu_kernels.small.route_sizes import COMBINE_FEATURES
+from cpu_kernels.small.route_sizes import BIAS_FEATURES
 from cpu_kernels.team.arguments import CLAMPED, EXPERT_BIAS, SIGMOID_MUL, SINKS
 from cpu_kernels.team.chunks import parameter, real_parameter, take
 from cpu_kernels.vectors.arithmetic import add, div, exp, mul, sub, vmax, vmin
@@ -54,16 +54,16 @@ def add_expert_bias():
         starts = parameter(arguments, EXPERT_BIAS.starts)
         out, out_stride = parameter(arguments, EXPERT_BIAS.out), parameter(arguments, EXPERT_BIAS.out_row)
         features = parameter(arguments, EXPERT_BIAS.features)
-        parts = (features + COMBINE_FEATURES - 1) // COMBINE_FEATURES
+        parts = (features + BIAS_FEATURES - 1) // BIAS_FEATURES
         chunks = busy_experts(starts, first, count)[0] * parts
         before, e = 0, first  # experts with picks before e; chunks come in order
         chunk = take(arguments, 0)
         while chunk < chunks:
             e = busy_expert(starts, e, chunk // parts - before)
             before = chunk // parts
-            start, added_at = chunk % parts * COMBINE_FEATURES, bias + (e - first) * bias_stride
+            start, added_at = chunk % parts * BIAS_FEATURES, bias + (e - first) * bias_stride
             for place in range(load_i32(starts + 4 * e), load_i32(starts + 4 * e + 4)):
-                for i in range(start, least(features, start + COMBINE_FEATURES), 16):
+                for i in range(start, least(features, start + BIAS_FEATURES), 16):
                     at, left = out + place * out_stride + 4 * i, features - i
                     added = load_f32_tail(added_at + 4 * i, left)
                     store_f32_tail(add(load_f32_tail(at, left), added), at, left)

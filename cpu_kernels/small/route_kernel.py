@@ -21,35 +21,51 @@ from cpu_kernels.team.chunks import await_stage, finish, parameter, real_paramet
 from cpu_kernels.vectors.arithmetic import add, div, exp, fma, keep_below, sub, sum_lanes
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.scalar import least, load_i32, load_scalar, store_scalar, store_word
-from cpu_kernels.vectors.vector import load_f32, load_f32_tail, splat, store_f32_tail
+from cpu_kernels.vectors.vector import load_f32, load_f32_tail, prefetch, splat, store_f32_tail
 
 OPEN, TAKEN, SHUT = 0, 1, 2  # marks of an expert
 ZERO, ONE, MINUS_INFINITY = np.float32(0.0), np.float32(1.0), np.float32(-np.inf)
 
 
-@helper
-def four_logits(x, router, stride, hidden, to):
-    """Products of one row with four neighbouring rows of the router."""
-    first, second, third, fourth = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
-    i = 0
-    while i + 16 <= hidden:
-        value, at = load_f32(x + 4 * i), router + 4 * i
-        first = fma(value, load_f32(at), first)
-        second = fma(value, load_f32(at + stride), second)
-        third = fma(value, load_f32(at + 2 * stride), third)
-        fourth = fma(value, load_f32(at + 3 * stride), fourth)
-        i += 16
-    if i < hidden:
-        left, at = hidden - i, router + 4 * i
-        value = load_f32_tail(x + 4 * i, left)
-        first = fma(value, load_f32_tail(at, left), first)
-        second = fma(value, load_f32_tail(at + stride, left), second)
-        third = fma(value, load_f32_tail(at + 2 * stride, left), third)
-        fourth = fma(value, load_f32_tail(at + 3 * stride, left), fourth)
-    store_scalar(sum_lanes(first), to)
-    store_scalar(sum_lanes(second), to + 4)
-    store_scalar(sum_lanes(third), to + 8)
-    store_scalar(sum_lanes(fourth), to + 12)
+def logits_of_four(asks_ahead: bool):
+    """Function (x, router, stride, hidden, to): products of one row with four neighbouring rows of the router.
+
+    asks_ahead: for the four rows behind them, as the first row of x that comes by does: four streams of a few KB each
+    are too short for the CPU to see where they lead.
+    """
+
+    @helper
+    def four_logits(x, router, stride, hidden, to):
+        first, second, third, fourth = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
+        i = 0
+        while i + 16 <= hidden:
+            value, at = load_f32(x + 4 * i), router + 4 * i
+            if asks_ahead:
+                prefetch(at, 4 * stride)
+                prefetch(at, 5 * stride)
+                prefetch(at, 6 * stride)
+                prefetch(at, 7 * stride)
+            first = fma(value, load_f32(at), first)
+            second = fma(value, load_f32(at + stride), second)
+            third = fma(value, load_f32(at + 2 * stride), third)
+            fourth = fma(value, load_f32(at + 3 * stride), fourth)
+            i += 16
+        if i < hidden:
+            left, at = hidden - i, router + 4 * i
+            value = load_f32_tail(x + 4 * i, left)
+            first = fma(value, load_f32_tail(at, left), first)
+            second = fma(value, load_f32_tail(at + stride, left), second)
+            third = fma(value, load_f32_tail(at + 2 * stride, left), third)
+            fourth = fma(value, load_f32_tail(at + 3 * stride, left), fourth)
+        store_scalar(sum_lanes(first), to)
+        store_scalar(sum_lanes(second), to + 4)
+        store_scalar(sum_lanes(third), to + 8)
+        store_scalar(sum_lanes(fourth), to + 12)
+
+    return four_logits
+
+
+first_logits, later_logits = logits_of_four(True), logits_of_four(False)
 
 
 @helper
@@ -197,9 +213,11 @@ def route():
         while chunk < parts * row_blocks:
             first, start = chunk % parts * EXPERTS_AT_ONCE, chunk // parts * ROWS_AT_ONCE
             for e in range(first, first + EXPERTS_AT_ONCE, 4):
-                for row in range(start, least(rows, start + ROWS_AT_ONCE)):
+                to = scratch + start * row_bytes + 4 * e
+                first_logits(x + start * x_stride, router + e * stride, stride, hidden, to)
+                for row in range(start + 1, least(rows, start + ROWS_AT_ONCE)):
                     to = scratch + row * row_bytes + 4 * e
-                    four_logits(x + row * x_stride, router + e * stride, stride, hidden, to)
+                    later_logits(x + row * x_stride, router + e * stride, stride, hidden, to)
             finish(arguments, 0)
             chunk = take(arguments, 0)
         await_stage(arguments, 0, parts * row_blocks)

@@ -30,11 +30,13 @@ from tests.support.cpu_oracles import (
 KERNEL_NMSE = 1e-11
 
 
+@pytest.mark.parametrize("features", [40, 1100])
 @pytest.mark.parametrize("ops", [reference, gpu_routing, None], ids=["reference", "gpu", "kernels"])
-def test_biases_go_to_the_places_of_their_experts_alone(ops):
-    """Experts 2 .. 6 of 9, some without picks; what stands elsewhere stays, to the bit."""
+def test_biases_go_to_the_places_of_their_experts_alone(ops, features):
+    """Experts 2 .. 6 of 9, some without picks; what stands elsewhere stays, to the bit. features: of one chunk, or of
+    several, the last of which is short."""
     starts = torch.tensor([0, 2, 5, 5, 6, 9, 9, 12, 13, 15], dtype=torch.int32)
-    bias, out = torch.randn(5, 70)[:, 10:50], torch.randn(15, 40)
+    bias, out = torch.randn(5, features + 30)[:, 10:-20], torch.randn(15, features)
     expected = out.clone()
     for expert, (start, stop) in enumerate(zip(starts[2:7].tolist(), starts[3:8].tolist(), strict=True)):
         expected[start:stop] += bias[expert]
