@@ -119,7 +119,8 @@ class Team:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._result = ctypes.c_int64()
-        self._kernel = self._shared.word(KERNEL)
+        self._kernel, self._serving = self._shared.word(KERNEL), self._shared.word(SERVING)
+        self._result_at = ctypes.addressof(self._result)
         self._failure = ctypes.c_int64.from_address(self._shared.arguments + FAILURE)
         self._pack = {n: struct.Struct(f"={n + 1}q").pack_into for n in range(MAX_PARAMETERS)}
         self._recording: list[RecordedOp] | None = None
@@ -166,7 +167,7 @@ class Team:
             self._pack[len(parameters)](self._parameters, 0, self._scratch_at, *parameters)
             if shared.parked:
                 shared.wake()
-            shared.drive(ctypes.addressof(self._result), None, shared.control, 0)
+            shared.drive(self._result_at, None, shared.control, 0)
             return self._failure.value
 
     def locked(self, make: Callable[[KernelStore], Made]) -> Made:
@@ -225,13 +226,13 @@ class Team:
         self._check_process()
         with self._lock:
             self._check_open()
-            shared.word(SERVING).value = 1
+            self._serving.value = 1
             try:
                 if shared.parked:
                     shared.wake()
-                self._drive_all(ctypes.addressof(self._result), None, shared.control, program_address)
+                self._drive_all(self._result_at, None, shared.control, program_address)
             finally:
-                shared.word(SERVING).value = 0
+                self._serving.value = 0
             return self._failure.value
 
     def _grow(self, scratch_bytes: int) -> None:
