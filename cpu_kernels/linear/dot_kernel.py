@@ -4,12 +4,14 @@ Both operands run along the inputs, so a register tile of `features` x `rows` ve
 added across lanes once per output. Stage 0 (bf16 only) rounds the input rows to bf16; without an instruction that
 multiplies bf16 it also widens them, even inputs apart from odd ones, so that only weights are widened in the loop.
 Stage 1 hands out ranges of blocks. At few rows a thread reads the weights as one linear stream; at many, panels of rows
-pass over a range kept in cache.
+pass over a range kept in cache, or, of bf16 on 256 bits, over weights that were turned (panels/turned.py).
 """
 
 from numba import types
 
 from cpu_kernels.linear.dot_blocks import block_times_row, block_times_rows, line_of
+from cpu_kernels.linear.panels.places import spread_area
+from cpu_kernels.linear.panels.turned import turned_rows
 from cpu_kernels.linear.sizes import SEGMENT_INPUTS
 from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
@@ -164,20 +166,30 @@ def rows_over_range(isa: Isa, weight_dtype: str, features: int, tile: int, fills
     return multiply
 
 
+@helper
+def no_rows(arguments, x, x_stride, weight, place, rows, start, stop, area):
+    """Of weights that are multiplied as they lie, however many rows there are."""
+    return 0
+
+
 def linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
     """Kernel for any number of rows in panels of `tile` rows, then 2, then 1."""
     is_rounded = weight_dtype == "bf16"
     prepare = rounded_rows(isa, tile) if is_rounded else rows_as_they_are
     multiply = rows_over_range(isa, weight_dtype, features, tile, is_rounded)
 
+    turned = turned_rows() if is_rounded and isa.has_avx2 and tile > 1 else no_rows
+
     def kernel(arguments, thread):
         x, x_stride = prepare(arguments)
+        area = spread_area(arguments, thread)
         weight, rows = parameter(arguments, LINEAR.weight), parameter(arguments, LINEAR.rows)
         num_blocks = parameter(arguments, LINEAR.num_blocks)
         smallest, parts = parameter(arguments, LINEAR.smallest), parameter(arguments, LINEAR.parts)
         start, stop = take_range(arguments, 1, num_blocks, smallest, parts)
         while start < stop:
-            multiply(arguments, x, x_stride, weight, 0, rows, start, stop)
+            done = turned(arguments, x, x_stride, weight, 0, rows, start, stop, area)
+            multiply(arguments, x, x_stride, weight, done, rows - done, start, stop)
             start, stop = take_range(arguments, 1, num_blocks, smallest, parts)
 
     return kernel

@@ -11,9 +11,10 @@ Which experts and how many rows are memory contents: a recorded call follows wha
 
 from cpu_kernels.formats import GROUP_INPUTS, WeightFormat, format_of
 from cpu_kernels.linear.dot_blocks import line_of
-from cpu_kernels.linear.dot_kernel import keep_rounded, keep_widened, padded_row_bytes, rows_over_range
+from cpu_kernels.linear.dot_kernel import keep_rounded, keep_widened, no_rows, padded_row_bytes, rows_over_range
 from cpu_kernels.linear.panels.over_range import panels_over_range
 from cpu_kernels.linear.panels.places import spread_area
+from cpu_kernels.linear.panels.turned import turned_rows
 from cpu_kernels.linear.q_kernel import groups_times_panel
 from cpu_kernels.linear.records import panel_of, row_quantiser
 from cpu_kernels.linear.sizes import SEGMENT_GROUPS, record_bytes, spread_rows
@@ -165,6 +166,7 @@ def expert_linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
     is_bf16 = weight_dtype == "bf16"
     keep = (keep_widened if line_of(isa, "bf16").is_widened else keep_rounded) if is_bf16 else keep_as_it_is
     over_rows = rows_over_range(isa, weight_dtype, features, tile)
+    turned = turned_rows() if is_bf16 and isa.has_avx2 else no_rows
 
     @helper
     def row_bytes_of(in_features):
@@ -193,13 +195,15 @@ def expert_linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
         return scratch
 
     @helper
-    def multiply(arguments, scratch, expert, place, picks, start, stop):
-        x_stride = row_bytes_of(parameter(arguments, EXPERT_LINEAR.in_features))
-        over_rows(arguments, scratch, x_stride, weight_of(arguments, expert), place, picks, start, stop)
+    def multiply(arguments, prepared, expert, place, picks, start, stop):
+        x, area = prepared
+        x_stride, weight = row_bytes_of(parameter(arguments, EXPERT_LINEAR.in_features)), weight_of(arguments, expert)
+        done = turned(arguments, x, x_stride, weight, place, picks, start, stop, area)
+        over_rows(arguments, x, x_stride, weight, place + done, picks - done, start, stop)
 
     over_ranges = shared_ranges(multiply)
 
     def kernel(arguments, thread):
-        over_ranges(arguments, gather(arguments), tile)
+        over_ranges(arguments, (gather(arguments), spread_area(arguments, thread)), tile)
 
     return kernel

@@ -11,6 +11,8 @@ STREAM_ROWS = 16  # up to here a block is read whole, as one stream; above, inpu
 PIECE_INPUTS = 4096  # inputs per piece: a panel of rows and a block of weights stay in the first two levels
 WIDE_PIECE_INPUTS = 1024  # the same where inputs are float32: a panel of six rows takes 24 KiB
 SPREAD_ROWS = 64  # from so many rows on codes are spread to bytes before they are multiplied (forms/spread.py)
+TURNED_ROWS = 60  # from so many rows on weights of bf16 are turned on 256 bits (panels/turned.py)
+TURNED_INPUTS = 256  # at a time: as float32 of 16 features they take half of the first level
 NUMBER_ROWS = 6  # and codes that are numbers made float32: a whole tile (forms/number_tiles.py)
 SPREAD_BYTES = 192 << 10  # working memory of a thread for it: two blocks of a piece or more, in the second level
 SPREAD_PLANES = {"u4": "b4", "u5": "b5", "u6": "b6", "t4": "bt"}
@@ -31,5 +33,7 @@ def spread_rows(isa: Isa, item: WeightFormat) -> int:
         return NUMBER_ROWS if isa.has_avx2 or isa.has_avx512 else 0
     if not isa.has_avx2:
         return 0
+    if item.plane == "bf16":
+        return TURNED_ROWS
     gains = item.plane in SPREAD_PLANES and (item.plane != "u4" or item.header in SPREAD_NIBBLES)
     return SPREAD_ROWS if gains else 0

@@ -9,6 +9,7 @@ their bits, are those of a panel of four rows.
   inputs of a group    a line with the scales of six rows; then the 64 inputs of each row, float32
 """
 
+from llvmlite import ir
 from numba import types
 
 from cpu_kernels.formats import BLOCK_FEATURES, GROUP_INPUTS, LINE_BYTES, WeightFormat
@@ -19,6 +20,7 @@ from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.tiles import zeros
 from cpu_kernels.vectors.vector import (
     F32,
+    I64,
     VF32,
     VI8,
     constant,
@@ -91,23 +93,40 @@ def input_spreader(item: WeightFormat):
     return spread_row
 
 
+def _with_products(b, dots, numbers, rows_at, lanes: int):
+    """dots + numbers * inputs, STEP of them; rows_at: where each row's inputs are."""
+    parts, rows, vector = BLOCK_FEATURES // lanes, len(rows_at), ir.VectorType(F32, lanes)
+    sums = [b.extract_value(dots, index) for index in range(parts * rows)]
+    for at in range(STEP):
+        line = [load_as(b, numbers, vector, LINE_BYTES * at + 4 * lanes * part) for part in range(parts)]
+        for row, (address, offset) in enumerate(rows_at):
+            x = splat_value(b, load_as(b, address, F32, offset + 4 * at), lanes)
+            for index, number in enumerate(line, parts * row):
+                sums[index] = fma_value(b, number, x, sums[index])
+    for index, value in enumerate(sums):
+        dots = b.insert_value(dots, value, index)
+    return dots
+
+
 def products_of(lanes: int, rows: int):
     """Intrinsic (dots, numbers, inputs) -> dots: STEP inputs; a row has one register or two in turn."""
-    parts, vector = BLOCK_FEATURES // lanes, float_vector(lanes)
-    tile = types.UniTuple(vector, parts * rows)
+    tile = types.UniTuple(float_vector(lanes), BLOCK_FEATURES // lanes * rows)
 
     @emits(tile, tile, intp, intp)
     def add_products(b, dots, numbers, inputs):
-        sums = [b.extract_value(dots, index) for index in range(parts * rows)]
-        for at in range(STEP):
-            line = [load_as(b, numbers, vector.be_type, LINE_BYTES * at + 4 * lanes * part) for part in range(parts)]
-            for row in range(rows):
-                x = splat_value(b, load_as(b, inputs, F32, ROW_BYTES * row + 4 * at), lanes)
-                for index, number in enumerate(line, parts * row):
-                    sums[index] = fma_value(b, number, x, sums[index])
-        for index, value in enumerate(sums):
-            dots = b.insert_value(dots, value, index)
-        return dots
+        return _with_products(b, dots, numbers, [(inputs, ROW_BYTES * row) for row in range(rows)], lanes)
+
+    return add_products
+
+
+def products_of_rows(lanes: int, rows: int):
+    """Intrinsic (dots, numbers, inputs, stride) -> dots: as `products_of`, of rows that lie `stride` bytes apart."""
+    tile = types.UniTuple(float_vector(lanes), BLOCK_FEATURES // lanes * rows)
+
+    @emits(tile, tile, intp, intp, intp)
+    def add_products(b, dots, numbers, inputs, stride):
+        addresses = [b.add(inputs, b.mul(stride, ir.Constant(I64, row))) for row in range(rows)]
+        return _with_products(b, dots, numbers, [(address, 0) for address in addresses], lanes)
 
     return add_products
 
