@@ -186,7 +186,7 @@ class Checkpoint:
         if isinstance(entry, GroupsEntry):
             entry.read_rows(start, stop, buffer)
             return out
-        entry.file.read_into(buffer, entry.offset + start * row_bytes)
+        entry.file.read_weights(buffer, entry.offset + start * row_bytes)
         self._turn(name, out)
         return out
 
@@ -288,7 +288,7 @@ def _columns(entry: ColumnsEntry, dtype: "torch.dtype") -> "torch.Tensor":
     import torch
 
     values = torch.empty(entry.nbytes // dtype.itemsize, dtype=dtype, device="cpu")
-    entry.file.read_into(memoryview(values.view(torch.uint8).numpy()), entry.offset)
+    entry.file.read_weights(memoryview(values.view(torch.uint8).numpy()), entry.offset)
     return values.view(*entry.shape[1:], entry.columns)[..., entry.first :: entry.step].movedim(-1, 0)
 
 

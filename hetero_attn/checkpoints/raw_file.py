@@ -4,7 +4,11 @@ import os
 import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
+import numpy as np
+
+from hetero_attn.checkpoints.uncached import UncachedReads
 from hetero_attn.errors import CheckpointError
 
 # Linux sees that reads follow each other, and fetches what comes next in large pages, by what lies before a read in its
@@ -28,12 +32,14 @@ class RawFile:
         self._advise(0, 0, "POSIX_FADV_SEQUENTIAL")
         self._opened_as = self._stamp()
         self.size = self._opened_as[0]
+        self._uncached = UncachedReads(path, self._fd, self.size)
 
     def close(self) -> None:
         """Close the descriptor; may be called twice.
 
         Where the file and its packed weights do not both fit into memory, the system's copy of the file is given back.
         """
+        self._uncached.close()
         if self._fd >= 0:
             import psutil  # compiles its patterns when it is imported
 
@@ -41,6 +47,13 @@ class RawFile:
                 self._advise(0, self.size, "POSIX_FADV_DONTNEED")
             os.close(self._fd)
             self._fd = -1
+
+    def read_weights(self, buffer: memoryview, offset: int) -> None:
+        """As `read_into`, of what is read once: the system's cache is left as it is where that is as fast."""
+        if self._fd < 0 or not self._uncached.read_into(np.frombuffer(buffer, np.uint8), offset):
+            self.read_into(buffer, offset)
+        elif self._stamp() != self._opened_as:
+            self._fail_as_changed()
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer`, bytes, from byte `offset` of the file.
@@ -60,10 +73,13 @@ class RawFile:
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}; check the disk") from None
         if done < len(buffer) or self._stamp() != self._opened_as:
-            raise CheckpointError(
-                f"{self.path}: the file changed while it was in use (was {self.size} bytes, is {self._stamp()[0]}); "
-                "leave a checkpoint alone while it loads, then load it again"
-            )
+            self._fail_as_changed()
+
+    def _fail_as_changed(self) -> NoReturn:
+        raise CheckpointError(
+            f"{self.path}: the file changed while it was in use (was {self.size} bytes, is {self._stamp()[0]}); "
+            "leave a checkpoint alone while it loads, then load it again"
+        )
 
     def _advise(self, offset: int, size: int, advice: str) -> None:
         """Tell the system what will become of bytes of the file, 0 for all behind `offset`, where it can be told."""

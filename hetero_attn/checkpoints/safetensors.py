@@ -76,7 +76,7 @@ class GroupsEntry(TensorEntry):
             group, inside = divmod(row, self.own_rows)
             count = min(self.own_rows - inside, stop - row)
             at = self.offset + (group * self.group_rows + self.first + inside) * row_bytes
-            self.file.read_into(buffer[(row - start) * row_bytes : (row - start + count) * row_bytes], at)
+            self.file.read_weights(buffer[(row - start) * row_bytes : (row - start + count) * row_bytes], at)
             row += count
 
 

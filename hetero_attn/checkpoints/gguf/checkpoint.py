@@ -228,5 +228,5 @@ class GgufCheckpoint:
         buffer = memoryview(out.reshape(-1).view(torch.uint8).numpy())
         row_bytes = entry.nbytes // entry.shape[0]
         for at, count, to in runs_between(entry.runs or ((0, entry.shape[0]),), first, first + rows):
-            entry.file.read_into(buffer[to * row_bytes : (to + count) * row_bytes], entry.offset + at * row_bytes)
+            entry.file.read_weights(buffer[to * row_bytes : (to + count) * row_bytes], entry.offset + at * row_bytes)
         return out

@@ -25,7 +25,7 @@ from hetero_attn.spec.weights import LinearSpec, Part
 # Of a run's rows as they are read: few runs of a linear are read before the first is packed, and what each costs beside
 # its bytes, in Python and in kernels that begin and end, is paid 250 times a GB.
 RUN_BYTES = 4 << 20
-READERS = 2  # threads that read: one waits for the disk, or copies, while the other does
+READERS = 4  # threads that read: some wait for the disk, which so never waits, while others copy
 PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -239,5 +239,5 @@ class QuantisedCheckpoint(Checkpoint):
 
         entry = self._parts[name]
         values = torch.empty(entry.shape, dtype=getattr(torch, _RAW_DTYPES[entry.dtype]), device="cpu")
-        entry.file.read_into(memoryview(values.reshape(-1).view(torch.uint8).numpy()), entry.offset)
+        entry.file.read_weights(memoryview(values.reshape(-1).view(torch.uint8).numpy()), entry.offset)
         return values
