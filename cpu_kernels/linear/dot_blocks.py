@@ -7,7 +7,7 @@ from numba import types
 
 from cpu_kernels.formats.weights import BLOCK_FEATURES
 from cpu_kernels.vectors.compiler import helper
-from cpu_kernels.vectors.dot import in_parts, line_products
+from cpu_kernels.vectors.dot import emit_dot_bf16, in_parts, line_products
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.tiles import finish_dots, masked_line, zeros
 from cpu_kernels.vectors.vector import (
@@ -57,11 +57,22 @@ class Line(NamedTuple):
         return self.x_bytes > 64
 
 
-def line_of(isa: Isa, weight_dtype: str) -> Line:
-    """fp32, fp16: 16 weights and inputs; bf16: 32, widened in two lines where the CPU cannot multiply bf16."""
+def line_of(isa: Isa, weight_dtype: str, tile: int) -> Line:
+    """fp32, fp16: 16 weights and inputs; bf16: 32, widened in two lines where the CPU cannot multiply bf16.
+
+    tile: rows of a kernel's largest. On 256 bits a kernel of one row widens inputs in its loop, where memory leaves it
+    time: 8192 of them, widened, are as large as the first level.
+    """
     if weight_dtype in ("fp32", "fp16"):
         return Line(16, 4 if weight_dtype == "fp32" else 2, 64)
-    return Line(32, 2, 64 if isa.has_bf16 else 128)
+    return Line(32, 2, 64 if isa.has_bf16 or isa.has_avx2 and tile == 1 else 128)
+
+
+def products_of(isa: Isa, weight_dtype: str, shape: Line):
+    """As `line_products`, of inputs that are widened or not."""
+    if weight_dtype == "bf16" and not shape.is_widened:
+        return [(lambda b, line: line, lambda b, acc, line, x: emit_dot_bf16(isa, b, acc, line, x))]
+    return line_products(isa, weight_dtype)
 
 
 def weight_line(shape: Line, b, address, index: int = 0):
@@ -86,11 +97,11 @@ def lanes_of_sums(isa: Isa, features: int, rows: int) -> int:
     return 8 if isa.has_avx2 and 2 * features * rows > 12 else LANES
 
 
-def tile_step(isa: Isa, weight_dtype: str, features: int, rows: int):
+def tile_step(isa: Isa, weight_dtype: str, features: int, rows: int, shape: Line):
     """Intrinsics (sums, w, w_stride, x, x_stride[, items]) -> sums: one 64-byte line, whole or its first items."""
     lanes = lanes_of_sums(isa, features, rows)
     tile = types.UniTuple(float_vector(lanes), features * rows)
-    shape, products = line_of(isa, weight_dtype), line_products(isa, weight_dtype)
+    products = products_of(isa, weight_dtype, shape)
 
     def in_lanes(b, vector):
         return in_parts(b, vector, ir.VectorType(vector.type.element, lanes))
@@ -146,10 +157,10 @@ def lines_ahead(features: int):
     return ask
 
 
-def stream_step(isa: Isa, weight_dtype: str, ahead: int = 0):
+def stream_step(isa: Isa, weight_dtype: str, shape: Line, ahead: int = 0):
     """Intrinsic (sums, w, x) -> sums: STREAM_LINES lines of one feature, one row; asks for those `ahead` bytes on."""
     tile = types.UniTuple(F32x16, STREAM_LINES)
-    shape, parts = line_of(isa, weight_dtype), line_products(isa, weight_dtype)
+    parts = products_of(isa, weight_dtype, shape)
 
     @emits(tile, tile, intp, intp)
     def lines(b, sums, w, x):
@@ -173,8 +184,8 @@ def stream_step(isa: Isa, weight_dtype: str, ahead: int = 0):
     return lines, together
 
 
-def block_times_row(isa: Isa, weight_dtype: str):
-    """Function: the 16 output features of one block for one row, the weights read as one stream.
+def block_times_row(isa: Isa, weight_dtype: str, shape: Line):
+    """Function: the 16 output features of one block for one row, the weights read as one stream; shape: `line_of`.
 
     Little is asked for ahead: the CPU's own streams hold no miss buffers of the first level (see q_kernel.py). But
     the sums of short features come between their lines, and a Zen 3 then runs too little ahead by itself; and bf16 that
@@ -182,11 +193,11 @@ def block_times_row(isa: Isa, weight_dtype: str):
     """
     start, store = zeros(STREAM_LINES), finish_dots(1, 1)
     is_native = isa.has_bf16 and weight_dtype == "bf16"
-    lines, together = stream_step(isa, weight_dtype, NATIVE_AHEAD_BYTES if is_native else 0)
-    lines_of_short = stream_step(isa, weight_dtype, SHORT_AHEAD_BYTES if isa.name == "avx2" else 0)[0]
-    line, part = tile_step(isa, weight_dtype, 1, 1)
-    line_items, _, x_bytes = line_of(isa, weight_dtype)
-    w_bytes = line_of(isa, weight_dtype).w_bytes
+    lines, together = stream_step(isa, weight_dtype, shape, NATIVE_AHEAD_BYTES if is_native else 0)
+    lines_of_short = stream_step(isa, weight_dtype, shape, SHORT_AHEAD_BYTES if isa.name == "avx2" else 0)[0]
+    line, part = tile_step(isa, weight_dtype, 1, 1, shape)
+    line_items, _, x_bytes = shape
+    w_bytes = shape.w_bytes
 
     @helper
     def multiply(weight, w_stride, x, x_stride, inputs, bias, out, out_stride, accumulate, kept, is_first):
@@ -212,17 +223,17 @@ def block_times_row(isa: Isa, weight_dtype: str):
     return multiply
 
 
-def block_times_rows(isa: Isa, weight_dtype: str, features: int, rows: int):
+def block_times_rows(isa: Isa, weight_dtype: str, features: int, rows: int, shape: Line):
     """Function: the 16 output features of one block for `rows` rows, `features` at a time.
 
     is_first: whether no rows before these have read the weights, so that the next ones are asked for.
     """
     lanes = lanes_of_sums(isa, features, rows)
     start, store = zeros(features * rows, lanes), finish_dots(features, rows, lanes)
-    line, part = tile_step(isa, weight_dtype, features, rows)
+    line, part = tile_step(isa, weight_dtype, features, rows, shape)
     ask = lines_ahead(features)
-    line_items, _, x_bytes = line_of(isa, weight_dtype)
-    w_bytes = line_of(isa, weight_dtype).w_bytes
+    line_items, _, x_bytes = shape
+    w_bytes = shape.w_bytes
 
     @helper
     def multiply(weight, w_stride, x, x_stride, inputs, bias, out, out_stride, accumulate, kept, is_first):

@@ -2,7 +2,8 @@
 
 Both operands run along the inputs, so a register tile of `features` x `rows` vectors collects partial sums that are
 added across lanes once per output. Stage 0 (bf16 only) rounds the input rows to bf16; without an instruction that
-multiplies bf16 it also widens them, even inputs apart from odd ones, so that only weights are widened in the loop.
+multiplies bf16 it also widens them for several, even inputs apart from odd ones, so that only weights are widened in
+the loop.
 Stage 1 hands out ranges of blocks. At few rows a thread reads the weights as one linear stream; at many, panels of rows
 pass over a range kept in cache, or, of bf16 on 256 bits, over weights that were turned (panels/turned.py).
 """
@@ -70,8 +71,9 @@ def fills_tile(rows, tile):
 
 def rounded_rows(isa: Isa, tile: int):
     """Stage 0: the input rounded to bf16 in the scratch, rows of in_features padded to whole lines."""
-    items, _, x_bytes = line_of(isa, "bf16")
-    keep = keep_widened if line_of(isa, "bf16").is_widened else keep_rounded
+    shape = line_of(isa, "bf16", tile)
+    items, _, x_bytes = shape
+    keep = keep_widened if shape.is_widened else keep_rounded
 
     @helper
     def round_rows(arguments):
@@ -116,12 +118,13 @@ def rows_over_range(isa: Isa, weight_dtype: str, features: int, tile: int, fills
     fills: whether what `fills_tile` says is one panel, behind whose rows the last one comes again. place: of the first
     row, in x and in out. start, stop: blocks of `weight`. The call's words are those that both kinds of linear have.
     """
-    item_bytes, x_item_bytes = line_of(isa, weight_dtype).item_bytes, line_of(isa, weight_dtype).x_item_bytes
-    multiply_1 = block_times_row(isa, weight_dtype)
+    shape = line_of(isa, weight_dtype, tile)
+    item_bytes, x_item_bytes = shape.item_bytes, shape.x_item_bytes
+    multiply_1 = block_times_row(isa, weight_dtype, shape)
     multiply_2, multiply_tile = multiply_1, multiply_1
     if tile > 1:
-        multiply_2 = block_times_rows(isa, weight_dtype, features, 2)
-        multiply_tile = block_times_rows(isa, weight_dtype, features, tile)
+        multiply_2 = block_times_rows(isa, weight_dtype, features, 2, shape)
+        multiply_tile = block_times_rows(isa, weight_dtype, features, tile, shape)
 
     @helper
     def multiply(arguments, x, x_stride, weight, place, rows, start, stop):

@@ -162,9 +162,10 @@ def keep_as_it_is(x, count, to):
 
 def expert_linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
     """Kernel for row-major weights, in panels of `tile` rows, then 2, then 1."""
-    items, _, x_bytes = line_of(isa, weight_dtype)
+    shape = line_of(isa, weight_dtype, tile)
+    items, _, x_bytes = shape
     is_bf16 = weight_dtype == "bf16"
-    keep = (keep_widened if line_of(isa, "bf16").is_widened else keep_rounded) if is_bf16 else keep_as_it_is
+    keep = (keep_widened if shape.is_widened else keep_rounded) if is_bf16 else keep_as_it_is
     over_rows = rows_over_range(isa, weight_dtype, features, tile)
     turned = turned_rows() if is_bf16 and isa.has_avx2 else no_rows
 
