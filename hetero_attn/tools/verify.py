@@ -40,6 +40,7 @@ from hetero_attn.tools.forced_runs import (
     distance,
     forced,
     generated,
+    neighbour_errors,
     recorded,
     stage_errors,
     stage_names,
@@ -109,7 +110,7 @@ def compare(planned: PlannedModel, engine: Engine, token_ids: Sequence[int], gen
         mean_kl=found.mean_kl,
         token_agreement=found.token_agreement,
         rounding=rounding,
-        stages=_stages(errors, twin_errors, planned.weight_formats.rounding, kv_dtype),
+        stages=_stages(errors, twin_errors, neighbour_errors(run), planned.weight_formats.rounding, kv_dtype),
         kv_cost=_kv_cost(planned, plan, run) if is_quantised(kv_dtype) else None,
         routes=routes,
     )
@@ -127,14 +128,14 @@ def _token_ids(llm: LLM, prompt: Prompt) -> Sequence[int]:
 
 
 def _stages(
-    errors: Sequence[float], rounding: Sequence[float], weight_dtype: str, kv_dtype: str
+    errors: Sequence[float], rounding: Sequence[float], neighbours: Sequence[float], weight_dtype: str, kv_dtype: str
 ) -> tuple[StageError, ...]:
     largest = max(LARGEST_STAGE_ERROR[weight_dtype], LARGEST_KV_ERROR[kv_dtype])
     share = max(STAGE_SHARE[weight_dtype], QUANTISED_KV_SHARE if is_quantised(kv_dtype) else 0.0)
     names = stage_names(len(errors) - 2)
     return tuple(
-        StageError(name, error, rounded, max(SMALLEST_NMSE, share * min(rounded, largest)))
-        for name, error, rounded in zip(names, errors, rounding, strict=True)
+        StageError(name, error, rounded, max(SMALLEST_NMSE, share * min(rounded, largest)) + beside)
+        for name, error, rounded, beside in zip(names, errors, rounding, neighbours, strict=True)
     )
 
 

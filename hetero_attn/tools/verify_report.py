@@ -32,7 +32,8 @@ class StageError:
     """What one stage (embedding, a layer, head) does otherwise than the reference, given the reference's own input.
 
     error: squared error over the square of what the stage adds, mean over tokens. rounding: the same of the reference
-    against exact arithmetic. limit: the most that `error` may be.
+    against exact arithmetic. limit: the most that `error` may be, for this rounding and for sums onto the residual that
+    fall to the other of two float32.
     """
 
     name: str
@@ -46,10 +47,9 @@ class VerifyReport:
     """How far a plan's logits are from the reference's, and how far rounding alone puts the reference from the truth.
 
     nmse, mean_kl, token_agreement: of the plan against the reference, see `Distance`. rounding: of the reference
-    against
-    its twin in exact arithmetic. stages: layer by layer. kv_cost: what a quantised cache costs, None beside a plain
-    one. routes: of a mixture of experts, whose other figures are of runs by the experts that the reference chose; None
-    for a dense model.
+    against its twin in exact arithmetic. stages: layer by layer. kv_cost: what a quantised cache costs, None beside a
+    plain one. routes: of a mixture of experts, whose other figures are of runs by the experts that the reference
+    chose; None for a dense model.
     """
 
     model: str

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import hetero_attn.lanes.staging
 from cpu_kernels.contract import Partial
@@ -80,6 +81,20 @@ def test_few_layers_pass_on_the_cpu_alone(shallow, weight_dtype):
 
     assert found.passed, found.table()
     assert len(found.stages) == FEW_LAYERS + 2
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["three lanes", "cpu"])
+def test_sums_onto_massive_residuals_may_fall_to_either_float32(tmp_path, split):
+    """A trained model has features of some tokens that are thousands of times what a layer adds: one sum that falls to
+    the other side there was 20 times the limit, and SmolLM2 in fp32 was said to change its answer."""
+    path = make_checkpoint(tmp_path, layers=FEW_LAYERS, intermediate=96)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, :24] += 20000.0
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    found = report(path, "fp32", split)
+
+    assert found.passed, found.table()
+    assert all(1e-10 < stage.limit < 1e-6 for stage in found.stages[1:-1])
 
 
 @pytest.mark.parametrize("budget", [{"device": "cpu"}, {"device": "emulated", "gpu_memory": "700KiB"}])
