@@ -7,6 +7,7 @@ import torch
 
 from cpu_kernels import fresh_memory
 from cpu_kernels.formats import BLOCK_FEATURES, segments
+from hetero_attn.checkpoints.loading.home_memory import HomeMemory
 from hetero_attn.checkpoints.loading.numbers import Numbers
 from hetero_attn.checkpoints.loading.requantised import Comparison
 from hetero_attn.checkpoints.sources import WeightSource
@@ -16,17 +17,18 @@ from hetero_attn.spec.weights import LinearSpec
 
 
 class Landing:
-    """Packs rows and brings them home; progress(count) is called with the number of weight bytes just placed.
+    """Packs rows and brings them home, `total` bytes; progress(count) is called with the number of them just placed.
 
     comparison: of codes that are packed into another format than the file's.
     """
 
-    def __init__(self, source: WeightSource, lanes: Lanes, progress: Callable[[int], None]) -> None:
+    def __init__(self, source: WeightSource, lanes: Lanes, total: int, progress: Callable[[int], None]) -> None:
         self._source = source
         self._lanes = lanes
         self._numbers = Numbers(source, lanes.host_ops)
         self.comparison = Comparison(source, lanes.host_ops)
         self._progress = progress
+        self._homes = HomeMemory(total)
         self._apart = fresh_memory((0,), torch.uint8)  # packed rows on their way to between others of their units
         self._buffer: torch.Tensor | None = None
         self._landed: object | None = None
@@ -35,7 +37,7 @@ class Landing:
         """Host memory of one linear, page-locked where it streams: the stream and the CPU lane share this one copy."""
         if streams:
             return self._lanes.device.host_empty(shape, torch.uint8, "weights")
-        return fresh_memory(shape, torch.uint8)
+        return self._homes.take(shape)
 
     @contextmanager
     def buffer_of(self, size: int) -> Iterator[None]:

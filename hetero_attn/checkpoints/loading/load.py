@@ -56,7 +56,7 @@ class Loader:
         self._plan = plan
         self._formats = weight_formats(weight_dtype)
         self._lanes = lanes
-        self._landing = Landing(checkpoint, lanes, progress)
+        self._landing = Landing(checkpoint, lanes, plan.workload.weight_bytes, progress)
         self._numbers = Numbers(checkpoint, lanes.host_ops)
         self._unit_rows = UnitRows(checkpoint, model.packed_linears, lanes.host_ops)
         self._placed = {
