@@ -71,8 +71,12 @@ class HeteroAttn(Side):
 
     def decode(self, tokens: int) -> None:
         """See Side."""
+        from hetero_attn.engine.greatest import LogitsRows, greatest_with_value
+
+        rows = LogitsRows()
         for token_id in random_tokens(tokens, self.vocab_size):
-            self._engine.decode_step([self._sequence], [token_id], copy=False)[0].argmax().item()
+            logits = self._engine.decode_step([self._sequence], [token_id], copy=False)
+            greatest_with_value(rows.of(logits)[0])
 
     def rewind(self, length: int) -> None:
         """See Side; a state of fixed size cannot go back but to its start."""

@@ -101,9 +101,10 @@ class CachePool:
         """
         sequence_id, held = sequence.id, self._held[sequence.id]
         first = self.first_visible(sequence.length) // self.page_size
-        for logical in [logical for logical in held if logical < first]:
-            self._let_go(sequence_id, logical)
-        self._boundary[sequence_id] = max(self._boundary[sequence_id], first)
+        if first:
+            for logical in [logical for logical in held if logical < first]:
+                self._let_go(sequence_id, logical)
+            self._boundary[sequence_id] = max(self._boundary[sequence_id], first)
         stop = -(-(sequence.length + new_tokens) // self.page_size)
         missing = [logical for logical in range(sequence.length // self.page_size, stop) if logical not in held]
         if len(held) + len(missing) > self._reserved[sequence_id]:

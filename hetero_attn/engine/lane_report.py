@@ -4,6 +4,7 @@ import io
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from operator import sub
 
 from hetero_attn.lanes.lanes import Lanes
 from placement.plan.workload import row_tier
@@ -122,11 +123,12 @@ class LaneReport:
 
         tokens: rows by phase. Phases that share a step share its time by their rows.
         """
-        spent = [end - start for start, end in zip(before, after, strict=True)]
+        spent, counted = tuple(map(sub, after, before)), 0
         for phase, count in tokens.items():
             if count:
+                counted += count
                 self.phases[phase].add(count, spent if count == rows else [value * count / rows for value in spent])
-        if any(tokens.values()):
+        if counted:
             tier = row_tier(rows)
             if tier not in self.tiers:
                 self.tiers[tier] = PhaseTimes()

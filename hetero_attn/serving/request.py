@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from hetero_attn.cache.pool import SequenceState
+from hetero_attn.engine.greatest import LogitsRow
 from hetero_attn.errors import HeteroError
 from hetero_attn.serving.prompt_scores import PromptScores
 from hetero_attn.serving.sampling import SampledToken, Sampler
@@ -188,7 +189,7 @@ class Request:
         if self.scores is not None:
             self.scores.clear()
 
-    def choose(self, logits: torch.Tensor) -> None:
+    def choose(self, logits: torch.Tensor | LogitsRow) -> None:
         """Sample the next token from float32 [vocab_size], and end the request if it was the last."""
         try:
             sampled = self.sampler.sample(logits, self.prompt_token_ids, self.token_ids)

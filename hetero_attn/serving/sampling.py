@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hetero_attn.engine.greatest import greatest, greatest_with_value
+from hetero_attn.engine.greatest import LogitsRow, greatest, greatest_with_value
 from hetero_attn.errors import NonFiniteLogitsError, SamplingError
 from hetero_attn.serving.draws.likely import likely_tokens, pick
 from hetero_attn.serving.draws.unmasked import first_draw, second_draw
@@ -89,6 +89,7 @@ class Sampler:
         self._prompt_mask: torch.Tensor | None = None
         self._repetition = params.repetition_penalty != 1.0
         self._output_penalty = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        self._adjusts = bool(params.logit_bias or params.min_tokens or self._repetition or self._output_penalty)
         self._generator = torch.Generator()
         seed = default_seed if params.seed in (None, -1) else params.seed
         if seed is None:
@@ -96,7 +97,9 @@ class Sampler:
         else:
             self._generator.manual_seed(seed)
 
-    def sample(self, logits: torch.Tensor, prompt_ids: Sequence[int], generated_ids: Sequence[int]) -> SampledToken:
+    def sample(
+        self, logits: torch.Tensor | LogitsRow, prompt_ids: Sequence[int], generated_ids: Sequence[int]
+    ) -> SampledToken:
         """Choose the next token.
 
         Args:
@@ -112,13 +115,15 @@ class Sampler:
             SamplingError: `min_tokens` masks all that the model or the grammar allows, the grammar cannot be followed
                 further, or a penalty takes a logit beyond float32.
         """
-        assert logits.shape == (self._vocab_size,), f"logits {tuple(logits.shape)}, vocabulary of {self._vocab_size}"
-        best, value = greatest_with_value(logits)
+        row = LogitsRow.of(logits) if isinstance(logits, torch.Tensor) else logits
+        logits = row.values
+        assert row.numbers.shape == (self._vocab_size,), f"logits {row.numbers.shape}, vocabulary of {self._vocab_size}"
+        best, value = greatest_with_value(row)
         # A NaN counts as the largest value, so the value that it points to tells of any NaN.
         self._check_finite(value, len(generated_ids))
-        adjusted = self._adjust(logits, prompt_ids, generated_ids)
+        adjusted = self._adjust(logits, prompt_ids, generated_ids) if self._adjusts else logits
         if adjusted is not logits:
-            best, value = greatest_with_value(adjusted)
+            best, value = greatest_with_value(LogitsRow.of(adjusted))
             self._check_allowed(value, len(generated_ids))
         if self._token_mask is not None and self._token_mask.holds(generated_ids):
             token_id = self._choose_allowed(adjusted, best, generated_ids)

@@ -19,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hetero_attn.engine.greatest import LogitsRows, greatest_with_value
 from hetero_attn.errors import NonFiniteLogitsError, SamplingError
 from hetero_attn.serving.draws.likely import likely_tokens
 from hetero_attn.serving.sampling import Sampler, score_token
@@ -370,3 +371,17 @@ def test_min_tokens_above_max_tokens():
 def test_unknown_parameters_are_refused(name):
     with pytest.raises(TypeError, match=name):
         SamplingParams(**{name: 1})
+
+
+def test_rows_of_memory_that_is_written_again_are_what_it_holds_now():
+    """Views are kept for the tensor that a step gives again, not for another one of its size."""
+    rows, buffer = LogitsRows(), torch.tensor([[0.0, 2.0, 1.0], [5.0, 4.0, float("nan")]])
+    first = rows.of(buffer)
+
+    assert [greatest_with_value(row)[0] for row in first] == [1, 2]
+
+    buffer.copy_(torch.tensor([[7.0, 2.0, 1.0], [5.0, 6.0, 6.0]]))
+
+    assert rows.of(buffer) is first
+    assert [greatest_with_value(row) for row in first] == [(0, 7.0), (1, 6.0)]
+    assert greatest_with_value(rows.of(torch.tensor([[0.0, 1.0, 9.0]]))[0]) == (2, 9.0)

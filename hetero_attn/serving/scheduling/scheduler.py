@@ -24,6 +24,7 @@ from operator import attrgetter
 import torch
 
 from hetero_attn.engine.engine import Engine
+from hetero_attn.engine.greatest import LogitsRows
 from hetero_attn.errors import HeteroError
 from hetero_attn.ops.step import Rows
 from hetero_attn.serving.request import Request
@@ -47,7 +48,7 @@ class Scheduler:
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._arrivals = count()
-        self._chunks = PromptChunks(engine, self._reusable)
+        self._chunks, self._rows = PromptChunks(engine, self._reusable), LogitsRows()
         self._begun: tuple[Request, ...] = ()  # of a step that has not ended, where sequences have states
 
     @property
@@ -220,6 +221,8 @@ class Scheduler:
             sequence.length = stored
 
     def _decode(self, requests: tuple[Request, ...]) -> None:
+        if self.speculator is None and not any(request.sampler.has_grammar for request in requests):
+            return self._decode_plainly(requests)
         started = time.perf_counter()
         drafts = self._drafts(requests)
         for request, drafted in zip(requests, drafts, strict=True):
@@ -230,13 +233,10 @@ class Scheduler:
         else:
             self._decode_plainly(requests)
         if self.speculator is not None:
-            rows = len(requests) + sum(map(len, drafts))
-            self.speculator.costs.observe(rows, time.perf_counter() - started)
+            self.speculator.costs.observe(len(requests) + sum(map(len, drafts)), time.perf_counter() - started)
 
     def _drafts(self, requests: tuple[Request, ...]) -> list[list[int]]:
         """What each request's next tokens may be, or have to be; none without pages for them."""
-        if self.speculator is None and not any(request.sampler.has_grammar for request in requests):
-            return [[] for _ in requests]
         cache, most_rows, pages = self._engine.kv_cache, self._engine.most_single_rows, 0
         drafts = [[] for _ in requests] if cache.states else forced_drafts(requests, most_rows)  # states forget nothing
         if self.speculator is not None:
@@ -268,7 +268,7 @@ class Scheduler:
     def _decode_plainly(self, requests: tuple[Request, ...]) -> None:
         sequences = [request.sequence for request in requests]
         logits = self._engine.decode_step(sequences, [request.token_ids[-1] for request in requests], copy=False)
-        for request, row in zip(requests, logits.unbind(), strict=True):
+        for request, row in zip(requests, self._rows.of(logits), strict=True):
             request.choose(row)
 
     def _retire(self) -> None:

@@ -185,28 +185,27 @@ class Turns:
 
     def _alone(self, work: Callable[[], Result]) -> Result:
         try:
-            with self._my_turn():
+            self._await_turn()
+            try:
                 if self._is_inside:
                     raise BusyError(
                         f"{self._engine.plan.model}: this call came from inside a step, out of a callback or a "
                         "finaliser, and would wait for itself; there, use add, abort or close"
                     )
                 return self._inside(work)
+            finally:
+                self._lock.release()
         finally:
             self._settle()
 
-    @contextmanager
-    def _my_turn(self) -> Iterator[None]:
+    def _await_turn(self) -> None:
+        """Take the lock."""
         if not self._lock.acquire(blocking=False):
             self._queue.append(threading.get_ident())
             try:
                 self._lock.acquire()
             finally:
                 self._queue.pop()
-        try:
-            yield
-        finally:
-            self._lock.release()
 
     def _settle(self) -> None:
         while self._has_notes and self._lock.acquire(blocking=False):

@@ -33,10 +33,9 @@ class TextStream:
 
     def copy(self) -> "TextStream":
         """One that goes on from here by itself."""
-        twin = TextStream(self._decode)
+        twin = object.__new__(TextStream)
+        twin.__dict__.update(self.__dict__)
         twin._matcher = self._matcher.copy()
-        twin._window, twin._shown_tokens = self._window, self._shown_tokens
-        twin._shown_chars = self._shown_chars
         return twin
 
     def push(self, token_id: int) -> tuple[str, bool]:
@@ -83,12 +82,16 @@ class StopMatcher:
 
     def copy(self) -> "StopMatcher":
         """One that goes on from here by itself."""
+        if not self._stop:
+            return self  # which nothing changes
         twin = StopMatcher(self._stop)
         twin.matched, twin._held = self.matched, self._held
         return twin
 
     def push(self, text: str) -> str:
         """Take a piece; returns what is certain not to belong to a stop string. Nothing after a match."""
+        if not self._stop:
+            return text
         if self.matched is not None:
             return ""
         text = self._held + text
