@@ -286,18 +286,39 @@ def test_a_recorded_call_follows_the_routes_in_memory():
     assert len(seen) > 3
 
 
-@pytest.mark.parametrize("border", [0, 7, 30])
-def test_combine_adds_near_and_far_picks_in_order(border):
+@pytest.fixture(params=[0, 7, 30])
+def picks_to_add(request):
+    """Arguments of `combine`: 3 picks a row of 9 experts, those before a place near, the others far."""
     (_, places, _, _, weights), *_ = routing(10, 64, 9, 3)
     near, far, out = torch.randn(30, 70), torch.randn(30, 70), torch.randn(10, 70)
-    expected = out.double()
-    for row in range(10):
-        for j in range(3):
-            place = int(places[row, j])
-            expected[row] += weights[row, j].double() * (near if place < border else far)[place].double()
-    kernels().combine(near, far, torch.tensor([border], dtype=torch.int32), places, weights[:, :3], out)
+    return near, far, torch.tensor([request.param], dtype=torch.int32), places, weights[:, :3], out
 
-    assert nmse(out, expected) < 1e-13
+
+def in_prescribed_order(near, far, border, places, weights, out):
+    """`combine`, pick by pick in ascending order of experts, each step rounded once."""
+    for row, pick in product(*map(range, places.shape)):
+        place = int(places[row, pick])
+        output = (near if place < border else far)[place]
+        out[row] = ordered.fma(weights[row, pick].expand_as(output), output, out[row])
+
+
+def test_combine_adds_near_and_far_picks_in_order(picks_to_add):
+    *picks, out = picks_to_add
+    expected = out.clone()
+    in_prescribed_order(*picks, expected)
+    kernels().combine(*picks, out)
+
+    assert torch.equal(out, expected)
+
+
+def test_picks_added_in_another_order_show(picks_to_add):
+    """What the comparison above would say of a sum that begins with the last expert."""
+    near, far, border, places, weights, out = picks_to_add
+    expected = out.clone()
+    in_prescribed_order(near, far, border, places, weights, expected)
+    kernels().combine(near, far, border, places.flip(1).contiguous(), weights.flip(1), out)
+
+    assert not torch.equal(out, expected) and nmse(out, expected) < 1e-13
 
 
 def test_scale_rows():
