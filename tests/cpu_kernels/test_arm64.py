@@ -1,6 +1,5 @@
 """The path for arm64: compiled here for its CPUs, looked at as assembly, and run where a user-mode emulator is."""
 
-import re
 import shutil
 import subprocess
 from collections import Counter
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cpu_kernels.attention.parameters import DecodeTiles
 from cpu_kernels.formats import format_of, unit_bytes
 from cpu_kernels.linear.op import scratch_bytes
 from cpu_kernels.team.arguments import LINEAR
@@ -16,6 +16,7 @@ from cpu_kernels.team.words import ARGUMENT_BYTES, PARAMETERS
 from cpu_kernels.vectors.isa import available, named
 from tests.support.cpu_oracles import kernels, pack
 from tests.support.cross_compile import Cpu, assembly_of, objects_of
+from tests.support.loop_bodies import blocks_of, busiest_block, linear_kernel
 
 LINUX, APPLE = "aarch64-unknown-linux-gnu", "arm64-apple-macosx14.0"
 CPUS = ((LINUX, "neoverse-n1"), (LINUX, "neoverse-v2"), (APPLE, "apple-m1"))
@@ -55,11 +56,6 @@ sched_yield: .global sched_yield
 TOOLS = ("qemu-aarch64", "aarch64-linux-gnu-as", "aarch64-linux-gnu-ld")
 
 
-def linear_kernel(weight_dtype: str, tile: int):
-    """The linear of a coded format, as cross_compile takes it."""
-    return ("linear.q_kernel", "linear_q", "ISA", weight_dtype, tile)
-
-
 @pytest.fixture(scope="module")
 def assembly(request) -> dict[tuple[tuple, Cpu], str]:
     """Of every kernel that is looked at in this run, for the CPUs that it is looked at for."""
@@ -81,13 +77,6 @@ def emulated() -> dict[str, bytes]:
     return {name: found[kernel, CPUS[0]] for name, kernel in kernels_of.items()}
 
 
-def busiest_block(assembly: str, instruction: str) -> Counter:
-    """How often each instruction stands in the block, between two labels, that has most of one."""
-    blocks = re.split(r"(?m)^\S+:.*$", assembly)
-    counts = [Counter(re.findall(r"(?m)^\t([a-z]\w*(?:\.\d*[bhsd])?)", block)) for block in blocks]
-    return max(counts, key=lambda found: found[instruction])
-
-
 @pytest.mark.table
 @pytest.mark.parametrize("cpu", CPUS, ids=lambda cpu: cpu[1])
 @pytest.mark.parametrize(
@@ -105,6 +94,42 @@ def test_inner_loops_are_made_of_dot_products(assembly, weight_dtype, cpu):
 
 
 LOOKED_AT = test_inner_loops_are_made_of_dot_products
+
+
+def widening_loops(kernel) -> dict[Cpu, list[Counter]]:
+    """The loops of a kernel that multiply bf16, for every CPU: widened by shifts and masks, multiplied as float32."""
+    found = {}
+    for (_, cpu), code in assembly_of("neon", {kernel: CPUS}).items():
+        fmla, shl, keep = ("fmla.4s", "shl.4s", "and.16b") if cpu[0] == APPLE else ("fmla", "shl", "and")
+        blocks = [
+            Counter(fmla=block[fmla], shl=block[shl], keep=block[keep], all=block.total()) for block in blocks_of(code)
+        ]
+        found[cpu] = [block for block in blocks if block["fmla"] >= DOTS and block["shl"] == block["keep"] > 0]
+    return found
+
+
+@pytest.mark.parametrize(("rows", "widened", "instructions"), [("one", 1, 3.2), ("several", 0.5, 3)])
+def test_bf16_is_widened_and_multiplied_by_fmla(rows, widened, instructions):
+    """One row: a vector of weights is widened for each product. Several rows: for all of them at once. instructions: for
+    each fmla, all in all."""
+    isa = named("neon")
+    tile = (1, 1) if rows == "one" else (isa.dot_features, isa.dot_rows)
+
+    for cpu, loops in widening_loops(("linear.dot_kernel", "linear_dot", "ISA", "bf16", *tile)).items():
+        assert any(
+            loop["shl"] + loop["keep"] <= widened * loop["fmla"] and loop["all"] <= instructions * loop["fmla"]
+            for loop in loops
+        ), cpu
+
+
+def test_decode_attention_widens_keys_and_values_once_for_four_heads():
+    """Both products of the attention, that with keys and that with values."""
+    tiles = DecodeTiles.of("bf16", 4, 128, named("neon"))
+    parameters = ("bf16", tiles.score_heads, tiles.value_heads, tiles.words, False)
+
+    for cpu, loops in widening_loops(("attention.decode_kernel", "decode", "ISA", *parameters)).items():
+        products = [loop for loop in loops if 4 * (loop["shl"] + loop["keep"]) == loop["fmla"]]
+        assert sum(loop["all"] <= 2.5 * loop["fmla"] for loop in products) >= 2, cpu
 
 
 def test_every_arm64_cpu_with_sdot_takes_this_path(monkeypatch):
