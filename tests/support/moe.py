@@ -237,8 +237,8 @@ GGUF_KEYS = {
 }
 
 
-def moe_gguf(folder: Path, family: str, kind: str = "Q8_0") -> tuple[Path, Path]:
-    """(GGUF file with its matrices in a type, directory of the same values in float32)."""
+def moe_gguf(folder: Path, family: str, kind: str = "Q8_0", **changes: Any) -> tuple[Path, Path]:
+    """(GGUF file with its matrices in a type, directory of the same values in float32). changes: of the config."""
     import gguf
 
     from hetero_attn.spec.config import ModelConfig
@@ -249,7 +249,7 @@ def moe_gguf(folder: Path, family: str, kind: str = "Q8_0") -> tuple[Path, Path]
     shape = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32, "rms_norm_eps": 1e-6}
     sizes |= {"swiglu_limit": 7.0} if family == "gpt_oss" else {}  # which no key of the file says
     sizes |= {"intermediate_size": 128} if family == "glm4_moe" else {}
-    plain = make_moe(folder / "plain", family, layers=2, **shape, **sizes)
+    plain = make_moe(folder / "plain", family, layers=2, **shape | sizes | changes)
     config, tensors = ModelConfig.from_dir(plain), load_file(plain / "model.safetensors")
     tensors = apart(tensors) if family == "gpt_oss" else tensors
     architecture, keys = GGUF_KEYS[family]
@@ -259,7 +259,7 @@ def moe_gguf(folder: Path, family: str, kind: str = "Q8_0") -> tuple[Path, Path]
         "layers": 2 + keys.get("nextn_predict_layers", 0),
         "intermediate": config.intermediate_size,
         "num_heads": 4,
-        "num_kv_heads": 2,
+        "num_kv_heads": config.num_kv_heads,
     }
     add_metadata(writer, family, described | {"head_dim": 32})
     writer.add_layer_norm_rms_eps(1e-6)
