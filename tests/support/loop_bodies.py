@@ -16,5 +16,7 @@ def blocks_of(assembly: str) -> list[Counter]:
 
 
 def busiest_block(assembly: str, instruction: str) -> Counter:
-    """The block that has most of one instruction."""
-    return max(blocks_of(assembly), key=lambda found: found[instruction])
+    """The block that has most of what begins with the name of an instruction."""
+    return max(
+        blocks_of(assembly), key=lambda block: sum(block[name] for name in block if name.startswith(instruction))
+    )
