@@ -81,7 +81,7 @@ def _said_to_fit(wishes: LoadOptions, drafted: Drafted, on_stderr: bool) -> bool
     from placement.plan.words import wrapped
 
     planned = drafted.planned
-    unfit = why_not_fitting(planned)
+    unfit = why_not_fitting(planned, "this machine" if wishes.asks_for_this_machine else "")
     if unfit:
         of_this_context = replace(wishes, max_context=planned.plan.max_context)
         ways = would_fit(of_this_context, lambda smaller: settle_drafted(smaller, settle).planned)

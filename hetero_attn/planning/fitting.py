@@ -23,18 +23,22 @@ WITHOUT_BUDGET = "no --gpu-memory"
 Settle = Callable[[LoadOptions], PlannedModel]
 
 
-def why_not_fitting(planned: PlannedModel) -> str:
-    """Why the machine of a plan's profile cannot hold it and what drafts for it, in plain words; empty where it can."""
+def why_not_fitting(planned: PlannedModel, machine: str = "") -> str:
+    """Why the machine of a plan's profile cannot hold it and what drafts for it, in plain words; empty where it can.
+
+    machine: what it is called; as the profile is where that is not said.
+    """
     plan, workload, hardware = planned.plan, planned.plan.workload, planned.hardware
+    machine = machine or hardware.name
     beside = " with the drafter" if workload.drafter_host_bytes else ""
     needed = plan.memory.host_bytes + plan.memory.pinned_bytes
     if needed > hardware.dram_bytes:
         has = format_bytes(hardware.dram_bytes)
-        return f"needs {format_bytes(needed)} of host memory{beside}; {hardware.name} has {has}"
+        return f"needs {format_bytes(needed)} of host memory{beside}; {machine} has {has}"
     budget = plan.gpu_memory_bytes or 0
     if plan.device == "cuda" and budget > hardware.gpu_memory_bytes:
         has = format_bytes(hardware.gpu_memory_bytes)
-        return f"the GPU budget is {format_bytes(budget)}; {hardware.name} has {has}"
+        return f"the GPU budget is {format_bytes(budget)}; {machine} has {has}"
     return ""
 
 

@@ -6,6 +6,7 @@ Nothing here measures: who wants a measurement asks `hetero_attn.engine.measure`
 import hashlib
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from cpu_kernels.team.cgroups import memory_limit_bytes
@@ -51,9 +52,10 @@ def current_profile() -> HardwareProfile | None:
 
 
 def machine_profile(device: str) -> HardwareProfile:
-    """The rates to plan with on this machine: measured ones if a profile is kept, else the catalogue's generic ones.
+    """The rates to plan with on this machine: measured ones if a profile is kept, else those of a machine of the
+    catalogue that stands in for it, with the host memory and the threads of this one.
 
-    An emulated GPU has rates of its own in the catalogue; they say nothing about any GPU.
+    An emulated GPU has rates of its own in the catalogue, and a machine around it; they say nothing about any GPU.
     """
     threads = lane_threads()
     if device == "emulated":
@@ -63,8 +65,10 @@ def machine_profile(device: str) -> HardwareProfile:
 
         stored = current_profile()
         profile = gpu_profile(device_index(device), stored)
-        return profile if profile is stored else profile.with_threads(threads)
-    return current_profile() or HardwareProfile.named("generic-cpu").with_threads(threads)
+    else:
+        stored = current_profile()
+        profile = stored or HardwareProfile.named("generic-cpu")
+    return profile if profile is stored else replace(profile.with_threads(threads), dram_bytes=host_memory_bytes())
 
 
 def why_not_kept() -> str:

@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 from hetero_attn import LLM
 from hetero_attn.cli import app
 from hetero_attn.cli.option_words import in_option_words
+from hetero_attn.engine import host_memory
 from hetero_attn.errors import MemoryBudgetError
+from hetero_attn.planning import profiles
 from hetero_attn.planning.fitting import ARGUMENTS, as_arguments, ways_to_fit, why_not_fitting
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.planning.settle import settle
@@ -52,6 +54,25 @@ def test_what_does_not_fit_is_the_first_line_with_the_option_that_would_and_exit
     assert result.exit_code == 4
     first = " ".join(result.output.splitlines()[:2])  # one sentence, which 80 columns may part
     assert first.startswith("DOES NOT FIT: needs 1") and "rtx4090-ddr5 has" in first and "--dtype q4" in first
+
+
+@pytest.fixture
+def without_a_profile(monkeypatch, tmp_path):
+    """A machine that was never measured and has 200 GiB of memory."""
+    monkeypatch.setattr(profiles, "profile_path", lambda: tmp_path / "none.json")
+    monkeypatch.setattr(profiles, "host_memory_bytes", lambda: 200 * 2**30)
+    monkeypatch.setattr(host_memory, "free_host_bytes", lambda *_: 200 * 2**30)
+
+
+@pytest.mark.usefixtures("without_a_profile")
+def test_a_machine_without_a_profile_has_its_own_memory_not_that_of_its_stand_in(model):
+    """Whatever was free, 7.45 GiB of the catalogue's were planned with."""
+    fits = plan_command(model, "--device", "cpu", "--context", "4096")
+    too_large = plan_command(model, "--device", "cpu", "--context", "4096", "--dtype", "fp32")
+
+    assert fits.exit_code == 0 and "of 200.00 GiB DRAM" in fits.stdout.splitlines()[0]
+    assert too_large.exit_code == 4
+    assert "of host memory; this machine has 200.00 GiB" in " ".join(too_large.output.split())
 
 
 def test_the_options_that_are_named_do_fit(model):
