@@ -120,7 +120,9 @@ def opening_lines(plan: ShownPlan, fits: bool = True, dram_bytes: int = 0) -> li
 
     places = "GPU + DRAM" if on_gpu else "DRAM"
     whose = "of the model, " if plan.workload.drafter_host_bytes else ""
-    lines.append(f"where: {whose}weights {at('weights')}; cache {at('kv')} ({places})")
+    copies_bytes = memory.gpu.get("expert_slots", 0)
+    copies = f"expert slots {format_bytes(copies_bytes)}; " if copies_bytes else ""
+    lines.append(f"where: {whose}weights {at('weights')}; {copies}cache {at('kv')} ({places})")
     ways = "--gpu-memory, " if on_gpu else ""
     lines.append(f"to change it: {ways}--context, --batch, --dtype, --kv-dtype")
     return lines

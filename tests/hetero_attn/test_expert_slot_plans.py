@@ -22,6 +22,7 @@ from placement.machine.hardware import HardwareProfile
 from placement.plan.heat import ExpertHeat, assumed_heat
 from placement.plan.memory import LinearPlacement
 from placement.plan.shards import LinearShard
+from placement.plan.table import opening_lines
 from placement.plan.units import format_bytes
 from placement.plan.warm import expert_slots_as, hit_rate, mean_hit_rate
 from placement.plan.workload import NUM_ROW_TIERS
@@ -52,6 +53,13 @@ def planned(path, gpu_memory="1500MiB", **options):
 @pytest.fixture(scope="module")
 def plan(path):
     return planned(path)
+
+
+def test_the_opening_says_what_the_expert_slots_take(plan):
+    """Three quarters of the GPU memory in use were in no word of it."""
+    where = next(line for line in opening_lines(plan) if line.startswith("where"))
+
+    assert f"; expert slots {format_bytes(plan.memory.gpu['expert_slots'])}; cache" in where
 
 
 def rules(text):
