@@ -12,6 +12,7 @@ INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 32 << 20
 MAX_FILES = 4096
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
+_WEIGHT_SUFFIXES = _PICKLE_SUFFIXES | {".safetensors"}
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
 
 
@@ -40,6 +41,11 @@ def open_files(path: Path) -> tuple[list[SafetensorsFile], list[str]]:
 def has_weight_files(path: Path) -> bool:
     """Whether a model directory holds safetensors, or an index that names them."""
     return (path / SINGLE_NAME).exists() or (path / INDEX_NAME).exists()
+
+
+def has_any_weights(path: Path) -> bool:
+    """Whether a model directory holds a weight file of any kind, rather than a config that is there to be planned."""
+    return any(file.suffix in _WEIGHT_SUFFIXES for file in path.iterdir())
 
 
 def _weight_map(path: Path) -> dict[str, str]:

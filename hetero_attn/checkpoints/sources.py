@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from hetero_attn.checkpoints.checkpoint import Checkpoint
-from hetero_attn.checkpoints.files import has_weight_files
+from hetero_attn.checkpoints.files import has_any_weights, has_weight_files
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.gguf.choose import SUFFIX
 from hetero_attn.checkpoints.gguf.headers import KnownHeaders
@@ -102,6 +102,13 @@ def _with_embedding(path: Path, config: ModelConfig) -> ModelConfig:
     return replace(config, eagle=replace(config.eagle, owns_embedding=owns))
 
 
+def expect_readable(path: Path, known: KnownHeaders | None = None) -> None:
+    """Raise what opening raises for weight files that are there and damaged, or of a kind that is never opened; a
+    config alone is enough to plan. known: as for `open_source`."""
+    if is_gguf(path) or has_any_weights(path):
+        open_source(path, known).close()
+
+
 def stored_formats(path: Path, config: ModelConfig, known: KnownHeaders | None = None) -> WeightFormats:
     """The formats in which a model is held as it is on disk. known: as for `open_source`."""
     if not is_gguf(path):
@@ -128,12 +135,14 @@ def _plain_formats(path: Path, config: ModelConfig) -> WeightFormats:
     """One dtype for all weights where the files have one, by their headers, else for each its own.
 
     The config may name another one than the files have: weights would then be rounded, or take twice the memory for
-    nothing. It is asked where there are no files, or none that can be read.
+    nothing. It is asked where there are no files; those that cannot be read are an error here as in loading.
     """
     try:
         with open_source(path) as source:
             found = {name: source.dtype(name) for name in source.names if len(source.shape(name)) > 1}
     except CheckpointError:
+        if has_any_weights(path):
+            raise
         found = {}
     found = {name: dtype for name, dtype in found.items() if dtype in PLAIN}
     if len(set(found.values())) > 1:  # perhaps of routers, or of tensors that no block has

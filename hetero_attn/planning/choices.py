@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hetero_attn.checkpoints.gguf.headers import KnownHeaders
-from hetero_attn.checkpoints.sources import stored_formats
+from hetero_attn.checkpoints.sources import expect_readable, stored_formats
 from hetero_attn.errors import ArgumentError, ContextLimitError
 from hetero_attn.planning.arguments import check_choice
 from hetero_attn.spec.config import ModelConfig
@@ -42,6 +42,7 @@ def choose_formats(dtype: str, config: ModelConfig, path: Path, known: KnownHead
     if dtype in ("auto", "fp16"):
         stored = stored_formats(path, config, known)
         return stored if dtype == "auto" else as_halves(stored)
+    expect_readable(path, known)
     return formats_of(dtype, config)
 
 

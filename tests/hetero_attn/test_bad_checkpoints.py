@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hetero_attn import plan_model
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.files import INDEX_NAME, SINGLE_NAME
 from hetero_attn.errors import MOST_CHARACTERS, CheckpointError
@@ -184,6 +185,25 @@ def test_only_pickle_files(single, tmp_path):
 
     expect(message, "only pytorch_model.bin", "never opens them", "save_pretrained('model-safetensors')")
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("dtype", ["auto", "q4"])
+def test_a_plan_looks_at_the_headers_of_weights_that_are_there(single, dtype):
+    """It said "fits" of a model that loading then refused."""
+    weights = single / SINGLE_NAME
+    whole = weights.read_bytes()
+
+    def planned():
+        return plan_model(single, dtype=dtype, device="cpu")
+
+    weights.write_bytes(whole[:-7])
+    with pytest.raises(CheckpointError, match="7 bytes short"):
+        planned()
+    weights.rename(single / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="only pytorch_model.bin"):
+        planned()
+    (single / "pytorch_model.bin").unlink()
+    assert planned().max_batch == 1, "a config alone is enough"
 
 
 def test_only_gguf(single):
