@@ -84,7 +84,7 @@ def take(talk: Conversation, line: str) -> bool:
     elif command is not None:
         run_command(command, line.partition(" ")[2].strip(), talk, note)
     else:
-        answer(talk, line)
+        answer(talk, line.strip())
     return True
 
 

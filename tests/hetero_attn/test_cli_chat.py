@@ -148,6 +148,19 @@ def test_chat_commands(fake: type[FakeLLM], tmp_path: Path) -> None:
     assert json.loads(saved.read_text())["messages"][0] == {"role": "user", "content": "Hello"}
 
 
+def test_an_unknown_command_is_no_question_and_a_message_may_begin_with_a_slash(fake: type[FakeLLM]) -> None:
+    """A misspelt command went to the model and into the history without a word."""
+    refused = ("/nosuch", "/sytem be brief", "/hepl", "/")
+    sent = ("/etc/passwd is what?", "/etc/passwd", "/no_think now", " /nosuch", '"""/nosuch"""')
+    result = run("chat", "m", typed="\n".join([*refused, *sent, "/help"]) + "\n")
+    asked = [messages[-1]["content"] for messages, _ in fake.made[0].asked]
+
+    assert asked == [*sent[:3], "/nosuch", "/nosuch"]
+    assert [f"error: {line.split()[0]} is no command" in result.stderr for line in refused] == [True] * len(refused)
+    assert "/sytem is no command; did you mean /system?" in result.stderr
+    assert "a space before /word makes a message of it" in result.stderr
+
+
 def test_three_quotes_hold_several_lines_and_a_pipe_sees_answers_alone(fake: type[FakeLLM]) -> None:
     result = run("chat", "m", typed='"""one\n\n  two"""\n')
 

@@ -25,30 +25,36 @@ HELP = {
     "/stats": "speed of the last answer, tokens of the context in use",
 }
 OTHER_NAMES = {"/bye": "/exit", "/quit": "/exit", "/clear": "/reset", "/?": "/help"}
+NEAR, NEAR_WITH_MORE = 0.6, 0.8  # how much of a word a command must share; more where a message may be meant
 WORDS = {"on": True, "true": True, "off": False, "false": False, "none": None}
+
+
+MESSAGES = """a space before /word makes a message of it; a path such as /etc/hosts is one
+\"\"\" begins and ends a message of several lines (or Alt+Enter); Ctrl-C ends an answer"""
 
 
 def command_of(line: str) -> str | None:
     """The command that a line gives, None for a message to the model; a message may begin with a slash too.
 
-    Raises PromptError for one word that is nearly a command.
+    Raises PromptError for a word that is no command where it stands alone or is nearly one; a path is a message.
     """
-    word = line.split(maxsplit=1)[0] if line.strip() else ""
-    if not word.startswith("/"):
+    if not line.startswith("/"):
         return None
+    word, *rest = line.split(maxsplit=1)
     command = OTHER_NAMES.get(word, word)
-    if command in HELP:
-        return command
-    near = difflib.get_close_matches(word, [*HELP, *OTHER_NAMES], 1, 0.75)
-    if near and line.strip() == word:
-        raise PromptError(f"{word} is no command; did you mean {near[0]}? /help lists them")
-    return None
+    if command in HELP or "/" in word[1:]:
+        return command if command in HELP else None
+    near = difflib.get_close_matches(word, [*HELP, *OTHER_NAMES], 1, NEAR_WITH_MORE if rest else NEAR)
+    if rest and not near:
+        return None
+    hint = f"; did you mean {near[0]}?" if near else ";"
+    raise PromptError(f"{word} is no command{hint} /help lists them. A space before it makes a message of it")
 
 
 def help_text() -> str:
     """All commands, a line each, and how to write a message."""
     lines = [f"{name:<8} {what}" for name, what in HELP.items()]
-    return "\n".join([*lines, '""" begins and ends a message of several lines (or Alt+Enter); Ctrl-C ends an answer'])
+    return "\n".join([*lines, MESSAGES])
 
 
 def run_command(command: str, argument: str, talk: Conversation, say: Callable[[str], None]) -> None:

@@ -84,19 +84,25 @@ def line_source(report: Callable[[str], None], completions: tuple[str, ...]) -> 
 def read_message(source: LineSource) -> str:
     """The next message, stripped; of several lines where it begins with three quotes.
 
+    A command begins with a slash: a message that shall be none, for a space or quotes are before it, with a space.
     Raises EOFError and KeyboardInterrupt as the source does.
     """
-    text = source.line(PROMPT).strip()
+    line = source.line(PROMPT)
+    text = line.strip()
     if not text.startswith(QUOTES):
-        return text
+        return _as_message(text) if line[:1].isspace() else text
     lines = [text[len(QUOTES) :]]
     while not lines[-1].rstrip().endswith(QUOTES):
         try:
             lines.append(source.line(CONTINUED))
         except EOFError:
-            return "\n".join(lines).strip()
+            return _as_message("\n".join(lines).strip())
     lines[-1] = lines[-1].rstrip()[: -len(QUOTES)]
-    return "\n".join(lines).strip()
+    return _as_message("\n".join(lines).strip())
+
+
+def _as_message(text: str) -> str:
+    return f" {text}" if text.startswith("/") else text
 
 
 def history_file() -> Path | None:
