@@ -16,9 +16,12 @@ OPTIONS = {
     "repetition_penalty": "--repetition-penalty",
 }
 # Not part of a longer name or path, no key of a file (`top_k:`), no attribute and not already an option.
-_NAMES = re.compile(rf"(?<![\w./-])({'|'.join(OPTIONS)})(?:(?<==)|(?![\w.]|:))")
+_NAMES = rf"(?<![\w./-])(?P<name>{'|'.join(OPTIONS)})(?:(?<==)|(?![\w.]|:))"
+# A quotation or a call, whose strings may hold anything: what is in them is to be copied as it stands.
+_CODE = r"""`[^`]*`|\w\((?:[^()'"]|'[^']*'|"[^"]*")*\)"""
+_CODE_OR_NAME = re.compile(f"{_CODE}|{_NAMES}")
 
 
 def in_option_words(message: str) -> str:
-    """The message with names of arguments as the options that set them."""
-    return _NAMES.sub(lambda found: OPTIONS[found[1]], message)
+    """The message with names of arguments as the options that set them, its code as it is."""
+    return _CODE_OR_NAME.sub(lambda found: OPTIONS[found["name"]] if found["name"] else found[0], message)
