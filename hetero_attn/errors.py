@@ -71,6 +71,17 @@ class PromptError(HeteroError, ValueError):
     exit_code = 2
 
 
+class MissingTokenizerError(PromptError):
+    """Text for or from a model that has no tokenizer. Exit code 3."""
+
+    exit_code = 3
+
+    def __init__(self, model: str, other_way: str = "") -> None:
+        lacks = "has no tokenizer files" + ", nor a vocabulary of its own" * model.endswith(".gguf")
+        where = "the folder, GGUF file or hub id of a model with the same tokens"
+        super().__init__(f"{model} {lacks}; name {where} by tokenizer=...{other_way}")
+
+
 class SamplingError(HeteroError, ValueError):
     """A sampling parameter outside its range, called `parameter` in `SamplingParams`. Exit code 2."""
 

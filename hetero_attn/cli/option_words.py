@@ -10,6 +10,7 @@ OPTIONS = {
     "gpu_memory": "--gpu-memory",
     "kv_dtype": "--kv-dtype",
     "dtype=": "--dtype=",  # alone it is a word of many sentences
+    "tokenizer=": "--tokenizer=",
     "top_p": "--top-p",
     "top_k": "--top-k",
     "min_p": "--min-p",

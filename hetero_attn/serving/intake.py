@@ -10,7 +10,7 @@ from numbers import Integral
 import torch
 
 from hetero_attn.engine.replan import Replanner
-from hetero_attn.errors import ArgumentError, ConfigError, PromptError, QueueFullError, SamplingError
+from hetero_attn.errors import ArgumentError, ConfigError, MissingTokenizerError, QueueFullError, SamplingError
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.serving.defaults import default_params
 from hetero_attn.serving.grammar import Grammars
@@ -142,7 +142,7 @@ class Intake:
             raise self._tokenizer_failure
         if self.tokenizer is None:
             name = self._replanner.planned.plan.model
-            raise PromptError(f"{name} has no tokenizer files; give prompts as lists of token ids")
+            raise MissingTokenizerError(name, ", or give prompts as lists of token ids")
         return self.tokenizer
 
     def _ids_of(self, prompt: Prompt) -> tuple[int, ...]:

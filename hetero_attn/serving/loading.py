@@ -21,12 +21,16 @@ def refuse_early(options: LoadOptions) -> None:
     drafted = settle_drafted(options)
     expect_room(*drafted.plans)
     planned = drafted.planned
-    with open_source(planned.path, planned.headers) as checkpoint:
-        checkpoint.check(planned.model)
+    _check_weights(planned)
     if options.needs_text:
         opening = _open(planned, options)
         wait([opening])
         watch_opening(opening, planned.plan.model, True, lambda count: None)(0)
+
+
+def _check_weights(planned: PlannedModel) -> None:
+    with open_source(planned.path, planned.headers) as checkpoint:
+        checkpoint.check(planned.model)
 
 
 def _open(planned: PlannedModel, options: LoadOptions) -> Future[Tokenizer | None]:
@@ -45,7 +49,8 @@ def load_beside(planned: PlannedModel, options: LoadOptions) -> tuple[Future[Tok
     shows, model = options.progress, planned.plan.model
     with memory_named(f"loading {model}"), loading_bar(planned.plan, shows) as bar:
         opening = _open(planned, options)
-        watched = watch_opening(opening, model, bool(options.needs_text), bar.update)
+        needs_text = bool(options.needs_text)
+        watched = watch_opening(opening, model, needs_text, bar.update, lambda: _check_weights(planned))
         watched(0)
         on_compile, on_prepare = (compile_note, prepare_note) if shows else (None, lambda name: None)
         engine = build_engine(

@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Thread
 
 from hetero_attn.checkpoints.gguf.headers import KnownHeaders
-from hetero_attn.errors import ConfigError, PromptError
+from hetero_attn.errors import ConfigError, MissingTokenizerError
 from hetero_attn.serving.text.files import has_tokenizer
 from hetero_attn.serving.text.tokenizer import Tokenizer
 
@@ -36,12 +36,17 @@ def open_beside(
 
 
 def watch_opening(
-    opening: Future[Tokenizer | None], model: str, needs_text: bool, progress: Callable[[int], None]
+    opening: Future[Tokenizer | None],
+    model: str,
+    needs_text: bool,
+    progress: Callable[[int], None],
+    check_weights: Callable[[], object] = lambda: None,
 ) -> Callable[[int], None]:
     """`progress` that also looks, at each call, whether a tokenizer that is being opened has failed.
 
-    With needs_text that ends the work under way: raises PromptError for a model without a tokenizer, else what
-    `Tokenizer.open` raised. Without, it warns once.
+    With needs_text that ends the work under way: raises MissingTokenizerError for a model without a tokenizer, else
+    what `Tokenizer.open` raised. Without, it warns once. check_weights: raises for a model that lacks more than its
+    tokenizer, which is then said instead.
     """
     is_settled = False
 
@@ -52,7 +57,8 @@ def watch_opening(
             if needs_text and failure is not None:
                 raise failure
             if needs_text and opening.result() is None:
-                raise PromptError(f"{model} has no tokenizer files; give prompts as lists of token ids")
+                check_weights()
+                raise MissingTokenizerError(model)
             if isinstance(failure, ConfigError):
                 warnings.warn(f"{NO_TEXT}: {failure}", stacklevel=4)
         progress(count)
