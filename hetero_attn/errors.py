@@ -16,6 +16,7 @@ NEIGHBOURS = ("cpu_kernels", "gpu_kernels", "placement")  # installed beside thi
 
 MOST_CHARACTERS = 300  # of a line of a message; its end is kept too, because that is where the way out stands
 KEPT_END = 90
+LONGEST_WORD = 40  # which is left out whole where a line is cut
 MOST_LINES = 12  # a rule that is wrong for one layer is wrong for eighty
 
 
@@ -154,7 +155,8 @@ def nearest(name: str, known: Iterable[str], end: str = "") -> str:
 
 
 def printable(message: str) -> str:
-    """A message as it may be shown: control characters escaped, lines cut in their middle, at most MOST_LINES of them.
+    """A message as it may be shown: control characters escaped, lines cut in their middle, between words where they can
+    be, at most MOST_LINES of them.
 
     The one place through which every message to a person passes: names and values in it come from files of strangers. A
     control character would move a terminal's cursor, and a name of megabytes would bury what the message says.
@@ -167,6 +169,9 @@ def printable(message: str) -> str:
 
 def _cut(line: str) -> str:
     if len(line) > MOST_CHARACTERS:
-        begin = MOST_CHARACTERS - KEPT_END - len(" ... ")
-        line = f"{line[:begin]} ... {line[-KEPT_END:]}"
+        begin, end = line[: MOST_CHARACTERS - KEPT_END - len(" ... ")], line[-KEPT_END:]
+        head, _, rest = begin.rpartition(" ")
+        first, _, tail = end.partition(" ")
+        begin, end = head if len(rest) < LONGEST_WORD else begin, tail if len(first) < LONGEST_WORD else end
+        line = f"{begin} ... {end}"
     return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

@@ -171,6 +171,16 @@ def test_every_error_of_ours_can_be_shown():
     assert many.count("\n") == MOST_LINES and many.endswith("... and 88 more problems")
 
 
+def test_a_long_list_is_cut_between_its_names():
+    """The first letter of a machine's name was left out."""
+    names = [f"machine-{number:03}" for number in range(100)]
+    begin, _, end = printable(f"known: {', '.join(names)}").partition(" ... ")
+    shown = [*begin.removeprefix("known: ").removesuffix(",").split(", "), *end.split(", ")]
+
+    assert end and set(shown) <= set(names) and shown[-1] == names[-1]
+    assert len(shown) > 20, "no more is left out than must be"
+
+
 def test_warnings_and_errors_of_commands_pass_the_same_place(monkeypatch, tmp_path):
     """A warning was shown raw, with the line of code that raised it."""
 
