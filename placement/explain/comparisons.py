@@ -80,11 +80,14 @@ def gains(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: P
 
 
 def _traded(plan: Plan, hardware: HardwareProfile, found: Plan) -> str:
-    """For what a plan with more of something gave up speed in both of the figures that are shown; empty where it did
-    not. Both are predicted on one machine, that with the faster bus too, but for its threads: only the plans differ."""
+    """For what a plan with more of something gave up speed in one of the figures that are shown and gained none in the
+    other, or a little in both; empty where it did not. Both are predicted on one machine, that with the faster bus too,
+    but for its threads: only the plans differ."""
     before, after = plan.predicted, found.predicted
     pairs = (before.decode, after.decode), (before.prefill, after.prefill)
-    if any(now.tokens_per_s >= then.tokens_per_s * (1 - SAME) for then, now in pairs):
+    ratios = [now.tokens_per_s / then.tokens_per_s for then, now in pairs]
+    is_shown = min(ratios) < 1 - SHOWN and max(ratios) < 1 + SHOWN
+    if not is_shown and max(ratios) >= 1 - SAME:
         return ""
     rows = long_prompt(plan.workload)
     then, now = (_prompt_tokens_per_s(each, hardware, rows) for each in (plan, found))

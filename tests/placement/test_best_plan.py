@@ -9,6 +9,7 @@ import pytest
 from placement import Policy
 from placement.cost.model import predict, working_set_bytes
 from placement.cost.objective import MODEL_ERROR, objective_s, reference_calls, reference_context
+from placement.explain.comparisons import gains
 from placement.explain.explain import explain
 from tests.support.best_plans import (
     CHECKS,
@@ -199,6 +200,16 @@ def test_what_both_figures_are_worse_for_is_said_below_them():
 
     assert lines[row + 1].startswith("    traded for prompts of 1024 tokens (+") and len(lines[row + 1]) <= 80
     assert [gain.label for gain in found.gains if gain.note] == ["one more CPU thread"]
+
+
+def test_what_one_figure_is_worse_for_while_the_other_is_the_same_is_said():
+    """A bus twice as fast made prompts 3 % slower and gained nothing that the row showed."""
+    workload, hardware, budget = case("gpt-oss-120b", "rtx4070-ddr5", "bf16", 8192, 1.0)
+    plan = plan_of(workload, hardware, budget)
+    bus = next(gain for gain in gains(workload, hardware, NO_WISHES, plan) if gain.label.startswith("PCIe"))
+
+    assert bus.prefill_tokens_per_s < 0.98 * plan.predicted.prefill.tokens_per_s
+    assert bus.note.startswith("traded for prompts of 4096 tokens (+")
 
 
 def test_experts_in_slots_stream_to_prompts_as_few_as_is_best():
