@@ -27,10 +27,8 @@ def test_the_python_runs_and_prints_the_plan_shown():
     run = subprocess.run(quick_python("-c", code), capture_output=True, text=True, cwd=ROOT, check=False)
     assert run.returncode == 0, run.stderr
     shown = next(block for block in blocks("") if "GPU home" in block)
-    placements = [line.split() for line in shown.splitlines() if line.startswith(("layers.", "head"))]
-    printed = [line.split() for line in run.stdout.splitlines() if line.startswith(("layers.", "head"))]
 
-    assert placements == printed
+    assert run.stdout.startswith(shown)
 
 
 def test_the_table_of_sources_is_what_the_results_say_and_lacks_no_format(monkeypatch):
