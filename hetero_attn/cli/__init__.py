@@ -5,6 +5,7 @@ may read goes to stdout; progress, speed and errors go to stderr. Exit codes: 0 
 3 checkpoint, 4 memory or plan, 5 at run time, 130 interrupted.
 """
 
+import inspect
 import os
 import sys
 from typing import Annotated
@@ -50,6 +51,11 @@ def common(
     """Run language models that do not fit in GPU memory, split over GPU, PCIe and CPU."""
 
 
+def in_lines(docstring: str | None) -> str:
+    """A docstring as help, whose lines are as long as the terminal is wide: a line for each of its paragraphs."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(docstring or "").split("\n\n"))
+
+
 for subcommand in (
     generate.generate,
     chat.chat,
@@ -61,7 +67,7 @@ for subcommand in (
     quantize_command.quantize,
     command.serve,
 ):
-    app.command()(subcommand)
+    app.command(help=in_lines(subcommand.__doc__))(subcommand)
 app.add_typer(policy.app, name="policy")
 
 
