@@ -151,8 +151,8 @@ def template_variable(text: str) -> tuple[str, Any]:
 
 
 def note(text: str) -> None:
-    """Say something beside the conversation, on stderr, dim in a terminal."""
+    """Say something beside the conversation, on stderr, in a terminal dim and broken at words."""
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(text, style="dim"))
+    Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False).print(Text(text, style="dim"))

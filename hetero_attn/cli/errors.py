@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from hetero_attn.cli.option_words import in_option_words
+from hetero_attn.cli.output import remark
 from hetero_attn.errors import check_neighbours, printable
 
 OUR_PACKAGES = ("hetero_attn", "placement", "cpu_kernels", "gpu_kernels")
@@ -45,7 +46,7 @@ def raised_in(error: BaseException) -> str:
 
 def show_warning(message: Warning | str, *where: object, **options: object) -> None:
     """A warning as one line on stderr, without the place in the code that Python would add."""
-    typer.echo(f"warning: {printable(str(message))}", err=True)
+    remark(f"warning: {printable(str(message))}")
 
 
 class CleanErrors(TyperGroup):

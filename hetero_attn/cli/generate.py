@@ -9,7 +9,7 @@ import typer
 
 from hetero_attn.cli import options
 from hetero_attn.cli.errors import INTERRUPTED
-from hetero_attn.cli.output import finished, output_dict, print_json, print_stream, read_text, speed_line
+from hetero_attn.cli.output import finished, output_dict, print_json, print_stream, read_text, remark, speed_line
 from hetero_attn.cli.talk.first_words import FirstWords
 
 
@@ -47,7 +47,7 @@ def generate(
         else:
             _, output = print_stream(pieces)
             if output is not None:
-                typer.echo(speed_line(output.metrics), err=True)
+                remark(speed_line(output.metrics))
     if output is None or output.finish_reason == "abort":
         raise typer.Exit(INTERRUPTED)
 

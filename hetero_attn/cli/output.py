@@ -33,6 +33,16 @@ def table_width() -> int:
     return max(shutil.get_terminal_size((120, 24)).columns, NARROWEST_TABLE)
 
 
+def remark(text: str) -> None:
+    """Say a line beside the results on stderr, broken at words where a terminal shows it; a log keeps it whole."""
+    columns = shutil.get_terminal_size((80, 24)).columns
+    if len(text) > columns and sys.stderr is not None and sys.stderr.isatty():
+        from placement.plan.words import wrapped
+
+        text = wrapped(text, columns)
+    typer.echo(text, err=True)
+
+
 def expect_writable(*files: Path | None) -> None:
     """Raise a usage error for a file that could not be written, before the work whose result it is to hold.
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from hetero_attn.cli import options
-from hetero_attn.cli.output import print_json
+from hetero_attn.cli.output import print_json, remark
 
 app = typer.Typer(help="Check, show and compare policy files.", no_args_is_help=True)
 
@@ -27,7 +27,7 @@ def lint(file: File, as_json: options.Json = False) -> None:
     elif policy is not None:
         typer.echo(f"{file}: ok, {len(policy.rules)} rules")
     for problem in () if as_json else problems:
-        typer.echo(problem, err=True)
+        remark(problem)
     if problems:
         raise typer.Exit(2)
 

@@ -45,7 +45,7 @@ class Terminal:
     def __init__(self, arguments, folder):
         self.shown = ""
         self.descriptor, its_end = pty.openpty()
-        settings = {"TERM": "xterm", "XDG_STATE_HOME": str(folder), "PROMPT_TOOLKIT_NO_CPR": "1"}
+        settings = {"TERM": "xterm", "COLUMNS": "120", "XDG_STATE_HOME": str(folder), "PROMPT_TOOLKIT_NO_CPR": "1"}
         settings["PYTHONPATH"] = str(ROOT)
         self.child = subprocess.Popen(
             quick_python("-m", "hetero_attn", *arguments), cwd=folder, env=os.environ | settings,
