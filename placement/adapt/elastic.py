@@ -50,7 +50,7 @@ def plan_for_context(plan: Plan, hardware: HardwareProfile, policy: Policy, cont
         raise refused
     best = min(found, key=lambda each: judged_s(each.predicted.objective_s, each.is_all_on_gpu))
     whole = build_plan(
-        plan.workload,
+        replace(plan.workload, inserts=best.workload.inserts),
         best.linears,
         best.kv,
         Means(

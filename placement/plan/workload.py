@@ -120,6 +120,10 @@ class Workload:
             self, prefill_chunk=choice.rows, resident_bytes=choice.resident_bytes, chunk_choices=(), smaller_chunks=()
         )
 
+    def is_called_alike(self, other: "Workload") -> bool:
+        """Whether another workload differs in how many experts are copied into expert slots at most."""
+        return self == replace(other, inserts=self.inserts)
+
     def in_smaller_chunks(self) -> "Iterator[Workload]":
         """The workload, then with each of its smaller chunks in turn, and no other choice."""
         yield self

@@ -64,7 +64,7 @@ def bind(policy: Policy, workload: Workload, device: str) -> Bounds:
         ][:1]
     if problems:
         raise PolicyError(list(dict.fromkeys(problems)))
-    return Bounds(tuple(linears), tuple(kv))
+    return Bounds(tuple(linears), tuple(kv), policy.inserts)
 
 
 def _why_not_paired(workload: Workload, device: str) -> str:

@@ -55,10 +55,11 @@ class KvBounds:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Bounds of every linear and KV shard, in workload order."""
+    """Bounds of every linear and KV shard, in workload order. inserts: of the workload, None is free."""
 
     linears: tuple[LinearBounds, ...]
     kv: tuple[KvBounds, ...]
+    inserts: int | None = None
 
     def allow(self, linears: Sequence[LinearPlacement], kv: Sequence[KvPlacement]) -> bool:
         """Whether placements in workload order have every width that is fixed."""

@@ -74,17 +74,23 @@ def fastest_plan(requests: Sequence[PlanRequest]) -> tuple[Plan, PlanRequest] | 
         return None
     # The cut as a policy would say it, for every request: what its own program missed, and what is read back again.
     cut = replace(complete(found[0]), spread=None)
-    best = fastest_first(each for problem in problems if (each := replace(cut, problem=problem)).fits) or [cut]
-    chosen = best[0].problem.workload
-    return _plan_of_fastest(requests, best), next(each for each in requests if each.workload is chosen)
+    inserts = cut.problem.workload.inserts
+    alike = (problem.with_inserts(inserts) if inserts != problem.workload.inserts else problem for problem in problems)
+    best = fastest_first(each for problem in alike if (each := replace(cut, problem=problem)).fits) or [cut]
+    return _plan_of_fastest(requests, best), _request_of(requests, best[0])
 
 
 def _plan_of_fastest(requests: Sequence[PlanRequest], found: Sequence[Candidate]) -> Plan:
     best = found[0]
-    request = next(request for request in requests if request.workload is best.problem.workload)
+    request = replace(_request_of(requests, best), workload=best.problem.workload)
     plan = plan_of(request, complete(best))
     _check_budgets(request, plan)
     return plan
+
+
+def _request_of(requests: Sequence[PlanRequest], found: Candidate) -> PlanRequest:
+    """The request that a candidate answers, whose copies into expert slots it may have chosen."""
+    return next(each for each in requests if each.workload.is_called_alike(found.problem.workload))
 
 
 def shapes(request: PlanRequest) -> list[PlanRequest]:

@@ -65,6 +65,10 @@ class Problem:
             for weighted in self.calls
         )
 
+    def with_inserts(self, inserts: int) -> "Problem":
+        """The problem with so many copies of a layer's experts behind a step at most."""
+        return replace(self, workload=replace(self.workload, inserts=inserts))
+
     def with_owned_heads(self, every: bool) -> "Problem":
         """The problem in which the GPU owns all KV heads that are free to choose, or none."""
         kv = tuple(

@@ -19,6 +19,7 @@ from placement.solve.whole_units import (
     SHARES,
     filled_up,
     free_tokens,
+    in_best_number,
     in_expert_slots,
     laid_out,
     with_tokens,
@@ -64,9 +65,11 @@ def candidates(problems: Sequence[Problem], below_s: float = inf) -> list[Candid
     fitting += _with_other_chunks(problems, fitting)
     at_home = fastest_first(fitting)[:MOST_TRANSFERRED]
     fitting += map(with_room_used, at_home[:MOST_WITH_ROOM])
+    in_slots: list[Candidate] = []
     for share in SHARES:
         slotted = [other for each in at_home if (other := in_expert_slots(each, share)) is not None]
-        fitting += [*slotted, *map(with_whole_streams, fastest_first(slotted)[:1])]
+        in_slots += [*slotted, *map(with_whole_streams, fastest_first(slotted)[:1])]
+    fitting += [*in_slots, *in_best_number(in_slots)]
     return fastest_first(fitting or too_large)
 
 
@@ -78,11 +81,12 @@ def candidates_of_gpu_alone(
 
     gpu_bytes: the budget of GPU memory, None for that of each problem. below_s: as for `candidates`.
     """
-    own = {id(problem.workload): problem.budgets for problem in problems}
     free = [replace(each, budgets=Budgets(each.budgets.gpu if gpu_bytes is None else gpu_bytes)) for each in problems]
     return [
-        replace(each, problem=replace(each.problem, budgets=own[id(each.problem.workload)]))
+        replace(each, problem=replace(each.problem, budgets=problem.budgets))
         for each in candidates(free, below_s)
+        for problem in problems
+        if problem.workload.is_called_alike(each.problem.workload)
     ]
 
 

@@ -25,6 +25,8 @@ from placement.solve.spread import Spread, lay_out, placements, streams
 
 EIGHTHS = 8  # of the layers with expert slots, tried first as the number that streams to prompts
 SHARES = (1.0, 0.5)  # of the memory of experts at home that expert slots are tried in
+MOST_TRIED_INSERTS = 4
+MOST_OF_OTHERS = 6  # candidates with the number of copies that suits the fastest one
 WORTH_A_SHARE = 0.999  # of the seconds without it: a share of the CPU that takes less time than its hand-over
 
 
@@ -192,6 +194,37 @@ def in_expert_slots(candidate: Candidate, share: float) -> Candidate | None:
         return None
     found = replace(candidate, linears=linears, label=f"{candidate.label}; {share:.0%} of experts in slots")
     return found if found.fits else None
+
+
+def in_best_number(slotted: Sequence[Candidate]) -> Iterator[Candidate]:
+    """The fastest of candidates with expert slots with the number of copies that suits it, where that is another one,
+    and what then is best of them: what streams beside slots was chosen for the number before."""
+    ranked = fastest_first(slotted)
+    best = with_best_inserts(ranked[0]) if ranked else None
+    if best is not None and best is not ranked[0]:
+        inserts = best.problem.workload.inserts
+        others = [replace(each, problem=each.problem.with_inserts(inserts)) for each in ranked[1:MOST_OF_OTHERS]]
+        yield from (best, with_whole_streams(fastest_first([best, *others])[0]))
+
+
+def with_best_inserts(candidate: Candidate) -> Candidate:
+    """The candidate with as many copies of a layer's experts behind a step at most as are best, by one more or less for
+    as long as that gains; itself where the policy says how many.
+
+    More serve more picks where the bus has time for them; where it has not, fewer are there sooner.
+    """
+    if candidate.problem.bounds.inserts is not None:
+        return candidate
+    best = candidate
+    for step in (1, -1):
+        while 0 <= (inserts := best.problem.workload.inserts + step) <= MOST_TRIED_INSERTS:
+            other = replace(best, problem=best.problem.with_inserts(inserts))
+            if other.judged_s >= best.judged_s:
+                break
+            best = other
+        if best is not candidate:
+            break
+    return best
 
 
 def with_whole_streams(candidate: Candidate) -> Candidate:

@@ -14,6 +14,7 @@ from placement.cost.objective import MODEL_ERROR, judged_s, objective_s, referen
 from placement.explain.comparisons import gains
 from placement.machine.hardware import catalogue_names
 from placement.plan.workload import ChunkChoice
+from placement.solve.whole_units import MOST_TRIED_INSERTS
 from tests.support.planning_models import llama_8b, llama_70b, qwen_14b, qwen_32b, with_row_cuts
 from tests.support.published_configs import CONFIGS, published
 
@@ -101,6 +102,17 @@ def assert_more_is_never_worse(case_):
         )
 
 
+def assert_no_number_of_copies_is_better(case_):
+    """Of those that the search may choose, given by the policy."""
+    workload, hardware, budget = case(*case_)
+    plan = plan_of_case(case_)
+    if plan is None or not any(shard.picks for shard in workload.linears):
+        return
+    for inserts in range(MOST_TRIED_INSERTS + 1):
+        other = plan_of(workload, hardware, budget, Policy(inserts=inserts))
+        assert judged(plan) <= NOISE * judged(other), f"{inserts} inserts are {_more(plan, other)} better"
+
+
 def is_said_to_be_traded(plan, workload, hardware, name):
     """Whether what more of something would bring tells what both phases are worse for, and that they are."""
     estimates = {each.label: each for each in gains(workload, hardware, NO_WISHES, plan)}
@@ -171,4 +183,9 @@ def with_more_at_home(placement, units):
     return replace(placement, gpu_units=at_home, stream_units=streams)
 
 
-CHECKS = [assert_no_rejected_row_is_better, assert_more_is_never_worse, assert_no_memory_lies_idle]
+CHECKS = [
+    assert_no_rejected_row_is_better,
+    assert_more_is_never_worse,
+    assert_no_memory_lies_idle,
+    assert_no_number_of_copies_is_better,
+]
