@@ -6,11 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import hetero_attn.lanes.staging
-from cpu_kernels.contract import Partial
-from gpu_kernels import reference
 from hetero_attn import LLM
-from hetero_attn.cache.pool import CachePool
 from hetero_attn.engine.build import build_engine
 from hetero_attn.errors import PromptError
 from hetero_attn.planning.settle import PlannedModel
@@ -18,6 +14,7 @@ from hetero_attn.spec.config import ModelConfig
 from hetero_attn.tools import verify
 from hetero_attn.tools.verify import VerifyReport
 from placement.machine.hardware import HardwareProfile
+from tests.support.placement_bugs import PLANTED
 from tests.support.runtime import cpu_plan, toy_workload, uniform_plan
 from tests.support.toy import make_checkpoint
 
@@ -132,65 +129,18 @@ def caught(path, weight_dtype: str) -> bool:
 
 # Of bf16 every bug is planted in an ordinary run; q4, which hides more, passes at thirty layers there.
 @pytest.mark.parametrize("weight_dtype", ["bf16", pytest.param("q4", marks=pytest.mark.matrix)])
-class TestPlantedBugs:
-    """Each changes little at the end of one layer, and is drowned by rounding at the end of thirty."""
+@pytest.mark.parametrize("bug", PLANTED)
+def test_what_is_little_in_a_layer_and_drowned_at_the_end_of_thirty_is_caught(shallow, monkeypatch, bug, weight_dtype):
+    PLANTED[bug](monkeypatch)
 
-    def test_without_one_nothing_shows(self, shallow, weight_dtype):
-        found = report(shallow, weight_dtype)
+    assert caught(shallow, weight_dtype)
 
-        assert found.passed, found.table()
 
-    def test_token_dropped_at_the_boundary(self, shallow, monkeypatch, weight_dtype):
-        original = CachePool.boundary
-        monkeypatch.setattr(CachePool, "boundary", lambda self, slot: (at := original(self, slot)) + (at > 0))
+@pytest.mark.parametrize("weight_dtype", ["bf16", pytest.param("q4", marks=pytest.mark.matrix)])
+def test_without_a_planted_bug_nothing_shows(shallow, weight_dtype):
+    found = report(shallow, weight_dtype)
 
-        assert caught(shallow, weight_dtype)
-
-    def test_base_two_lse(self, shallow, monkeypatch, weight_dtype):
-        for name in ("decode_attention", "prefill_attention"):
-            original = getattr(reference, name)
-
-            def base_two(*arguments, original=original):
-                original(*arguments)
-                next(each for each in arguments if isinstance(each, Partial)).lse.mul_(1.4426950408889634)
-
-            monkeypatch.setattr(reference, name, base_two)
-
-        assert caught(shallow, weight_dtype)
-
-    def test_average_instead_of_merge(self, shallow, monkeypatch, weight_dtype):
-        def average(partials, into):
-            into.out.copy_(torch.stack([partial.out for partial in partials]).mean(0))
-
-        monkeypatch.setattr(reference, "merge", average)
-
-        assert caught(shallow, weight_dtype)
-
-    def test_stale_staging_buffer(self, shallow, monkeypatch, weight_dtype):
-        original, count = hetero_attn.lanes.staging.StagingRing._fill, iter(range(10**9))
-
-        def lossy(self, slot):
-            copy = self.device.copy
-            if next(count) % 5 == 4:
-                self.device.copy = lambda *arguments: None
-            original(self, slot)
-            self.device.copy = copy
-
-        monkeypatch.setattr(hetero_attn.lanes.staging.StagingRing, "_fill", lossy)
-
-        assert caught(shallow, weight_dtype)
-
-    def test_norm_forgets_its_epsilon_in_the_operations_of_the_yardstick_too(self, shallow, monkeypatch, weight_dtype):
-        """The twin computes by the reference operations: a bug there must not stretch the yardstick over itself."""
-        original = reference.rms_norm
-
-        def forgetful(x, weight, eps, out, *how):
-            original(x, weight, eps + x.square().mean().item(), out, *how)
-
-        for module in (reference, reference.elementwise):  # what rounds a norm in one op calls the latter's
-            monkeypatch.setattr(module, "rms_norm", forgetful)
-
-        assert caught(shallow, weight_dtype)
+    assert found.passed, found.table()
 
 
 def test_the_first_layer_that_differs_is_named(shallow):
