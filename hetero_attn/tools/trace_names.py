@@ -17,7 +17,7 @@ class ShardNames:
     """Names of the shards of one engine by the addresses of their memory, which must not move while this is used."""
 
     def __init__(self, engine: Engine) -> None:
-        found: list[tuple[int, int, str]] = []
+        found = _ranges("embed", (engine.weights.embed,))  # of a tied head the rows are named after that
         for linear in engine.weights.linears:
             found += _ranges(linear.spec.name, (linear.dram, linear.gpu))
         for index, layer in enumerate(engine.weights.layers):
