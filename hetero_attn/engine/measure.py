@@ -23,7 +23,22 @@ def profile_machine(
     which makes rates too low: such a profile is kept only with keep_when_busy. formats: weight formats that the CPU
     lane's linears are measured in beside fp32, bf16, q8 and q4; caches: (dtype, query heads per KV head, head size)
     whose attention is measured beside that of every profile. Plans take others from the nearest that was measured.
+    Raises MemoryBudgetError where memory or threads run out.
     """
+    from hetero_attn.engine.host_memory import memory_named
+
+    with memory_named("measuring this machine"):
+        profile = _measured(on_progress, formats, caches)
+    if profile.is_of_a_busy_machine:
+        _warn_of_others(profile, save, keep_when_busy)
+    if save and (keep_when_busy or not profile.is_of_a_busy_machine):
+        keep(profile)
+    return profile
+
+
+def _measured(
+    on_progress: Callable[[str], None], formats: Sequence[str], caches: Sequence[tuple[str, int, int]]
+) -> HardwareProfile:
     import torch
 
     from hetero_attn.engine.runtime_costs import with_runtime_costs
@@ -35,12 +50,7 @@ def profile_machine(
     if torch.cuda.is_available():
         profile, device = _with_gpu(profile, on_progress), "cuda"
     on_progress("Python and hand-overs")
-    profile = replace(with_runtime_costs(profile, device), busy_share=neighbours.share())
-    if profile.is_of_a_busy_machine:
-        _warn_of_others(profile, save, keep_when_busy)
-    if save and (keep_when_busy or not profile.is_of_a_busy_machine):
-        keep(profile)
-    return profile
+    return replace(with_runtime_costs(profile, device), busy_share=neighbours.share())
 
 
 def _warn_of_others(profile: HardwareProfile, save: bool, keep_when_busy: bool) -> None:

@@ -130,6 +130,22 @@ def test_other_errors_stay_what_they_are(error):
     assert caught.value is error
 
 
+def test_memory_that_runs_out_while_the_machine_is_measured_is_not_said_of_planning(path, tmp_path, monkeypatch):
+    kept = tmp_path / "profile.json"
+    kept.write_text("damaged")
+    monkeypatch.setattr("hetero_attn.planning.profiles.profile_path", lambda: kept)
+
+    def runs_out(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("placement.profilers.cpu.measure", runs_out)
+    with (
+        pytest.warns(UserWarning, match="measuring this machine again"),
+        pytest.raises(MemoryBudgetError, match="memory ran out while measuring this machine"),
+    ):
+        LLM(path, device="cpu", max_context=64, progress=False)
+
+
 def threads_but_of_bars() -> set[threading.Thread]:
     """What runs beside tqdm's monitors, of which the first bar of a kind begins one."""
     return {thread for thread in threading.enumerate() if thread.name != "tqdm_monitor"}
