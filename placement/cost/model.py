@@ -7,15 +7,16 @@ bound the whole pass and not single stages; CPU kernels and copies drain the sam
     T = max( sum_i max(cpu_i, gpu_i) + handovers_i,      stages in order
              sum_i cpu_i + (1 - a) * T_pcie / b,          the CPU lane at its share a of speed while copies run
              T_pcie + (1 - b) * reads / a,                copies at their share b while the CPU lane reads DRAM
-             T_pcie(layers) + (1 - b) * reads / a + head, nothing streamed is left to hide the head behind
+             T_pcie(layers) + (1 - b) * reads(layers) / a + head,    nothing is left to hide the head behind
              T_dram = (streamed + computed-in-place bytes + KV read by the CPU) / B_dram )
 
 T_pcie is streamed bytes / B_h2d, reads the CPU lane's seconds of reading at its own full rate. Both rows hold at once
 because two lanes together do more than one alone, a + b >= 1: whichever ends last was slowed for as long as the other
 ran.
 
-The head's stage is max(cpu, gpu, its own copies): the ring holds a few pieces of it, so most of what it streams crosses
-the bus when the layers are done.
+The head's stage is max(cpu, gpu, its own copies + (1 - b) * its reads / a): the ring holds a few pieces of it, so most
+of what it streams crosses the bus when the layers are done. What the CPU reads of it slows no copies of layers, which
+are over by then.
 
 That is the least: lanes that could run side by side do so in part, as machines have shown. What is expected is
 
@@ -131,14 +132,14 @@ def _cost_of(tally: Tally, layers: Sequence[PlacedLayer], with_head: bool) -> Pa
     lanes, terms = ({name: fsum(parts) for name, parts in sums.items()} for sums in (tally.lanes, tally.terms))
     one_by_one = lanes["cpu"] + lanes["gpu"] + lanes["pcie"] + terms["handovers"]
     per_copy, per_read = interference(hardware)
-    waits = per_read * fsum(tally.reads_s) if lanes["pcie"] else 0.0
+    layer_waits = per_read * fsum(tally.reads_s) if lanes["pcie"] else 0.0
     inserts_s = min(fsum(tally.inserts_s), max(0.0, max(lanes.values()) - lanes["pcie"]))
     if lanes["cpu"]:
         lanes["cpu"] += per_copy * (lanes["pcie"] + inserts_s)
-    lanes["pcie"] += waits + inserts_s
+    lanes["pcie"] += layer_waits + tally.head_waits_s + inserts_s
     lanes["dram"] += inserts_s * hardware.h2d_bytes_per_s / hardware.dram_bytes_per_s
     terms["copies"] += inserts_s
-    overlapped = max(*lanes.values(), fsum(tally.before_head_s) + waits + tally.head_s)
+    overlapped = max(*lanes.values(), fsum(tally.before_head_s) + layer_waits + tally.head_s)
     lost = 1 - hardware.overlap_of(call.q_len) if on_gpu else 0.0
     work = overlapped + lost * max(0.0, one_by_one - overlapped)
     not_hidden = max(0.0, queueing_s(workload, layers, call, hardware, on_gpu) - work)
@@ -184,10 +185,13 @@ def _add_linear(tally: Tally, shard: LinearShard, placement: LinearPlacement, bl
     cpu_s, handover = on_cpu * cost.cpu_s_per_unit, cost.handover_s * (cpu_units > 0)
     copy_s = streamed * shard.unit_bytes / hardware.h2d_bytes_per_s if streamed else 0.0
     tally.add_stage("linears", cpu_s, gpu_s, handover, cost.launch_s, block)
-    tally.add(tally.reads_s, on_cpu * cost.read_s_per_unit)
     if shard.is_head:
-        tally.head_s = max(cpu_s, gpu_s, copy_s) + handover + cost.launch_s
-        tally.add(tally.lanes["steps"], max(0.0, copy_s - max(cpu_s, gpu_s)))
+        tally.head_waits_s = interference(hardware)[1] * on_cpu * cost.read_s_per_unit if copy_s else 0.0
+        head_s = max(cpu_s, gpu_s, copy_s + tally.head_waits_s)
+        tally.head_s = head_s + handover + cost.launch_s
+        tally.add(tally.lanes["steps"], head_s - max(cpu_s, gpu_s))
+    else:
+        tally.add(tally.reads_s, on_cpu * cost.read_s_per_unit)
     in_dram = home + streamed if hardware.unified_memory else 0
     from_dram = streamed * copy_passes(hardware) + shard.touched(rows, call.together) * (on_cpu + in_dram)
     tally.add(tally.lanes["dram"], from_dram * shard.unit_bytes / hardware.dram_bytes_per_s)

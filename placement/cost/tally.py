@@ -13,7 +13,8 @@ from placement.plan.workload import Workload
 class Tally:
     """Seconds of a pass, by resource and by kind of work; kept apart, because their exact sum is the same whatever the
     order of the layers. times: how often what is added is there. batch_steps: as in `PhaseCost`, as it is
-    supposed; mean_steps: as it is in the mean of passes of which some take more."""
+    supposed; mean_steps: as it is in the mean of passes of which some take more. reads_s: what the CPU reads of layers;
+    head_waits_s: what copies of the head wait for what it reads of that."""
 
     def __init__(
         self, workload: Workload, hardware: HardwareProfile, call: Call, on_gpu: bool, batch_steps: int
@@ -27,7 +28,7 @@ class Tally:
         self.before_head_s: list[float] = []
         self.reads_s: list[float] = []
         self.inserts_s: list[float] = []
-        self.head_s = 0.0
+        self.head_s = self.head_waits_s = 0.0
         self._blocks: dict[str, list[float]] = {}
         self._once: dict[Hashable, Any] = {}
 
@@ -55,6 +56,7 @@ class Tally:
             return [mean(part, 0.0) for part in ours] + [mean(0.0, part) for part in theirs]
 
         mixed.mean_steps, mixed.head_s = mean(self.mean_steps, other.mean_steps), mean(self.head_s, other.head_s)
+        mixed.head_waits_s = mean(self.head_waits_s, other.head_waits_s)
         mixed.lanes = {name: both(parts, other.lanes[name]) for name, parts in self.lanes.items()}
         mixed.terms = {name: both(parts, other.terms[name]) for name, parts in self.terms.items()}
         mixed.before_head_s = both(self.before_head_s, other.before_head_s)

@@ -68,6 +68,8 @@ class PassTime:
         self._lost_time = self._program.variable(cost=weighted.weight) if self._lost else None
         self._after_another: Terms = {}
         self._reads: Terms = {}
+        self._head_reads: Terms = {}
+        self._head_copies: Terms = {}
         self._products: Terms = {}
         self._stages, self._cpu, self._copies, self._dram, self._tail = ({self._time: -1.0} for _ in range(5))
         self._constant = self._scale * small_ops_s(unknowns.workload, weighted.call, self._hardware, True)
@@ -82,7 +84,7 @@ class PassTime:
         self._slow_each_other()
         self._program.at_most(self._stages, -self._constant)
         self._program.at_most(self._tail, -self._head_launch_s)
-        for lane in (self._cpu, self._copies, self._dram):
+        for lane in (self._cpu, self._copies, self._dram, self._head_copies):
             self._program.at_most(lane, 0.0)
 
     def _slow_each_other(self) -> None:
@@ -91,8 +93,9 @@ class PassTime:
         for variable, seconds in self._copies.items():
             if variable != self._time and per_copy:
                 add(self._cpu, variable, per_copy * seconds)
-        for lane in (self._copies, self._tail):
-            for variable, seconds in self._reads.items():
+        slowed = [(self._reads, self._copies), (self._reads, self._tail), (self._head_reads, self._copies)]
+        for reads, lane in [*slowed, (self._head_reads, self._head_copies)]:
+            for variable, seconds in reads.items():
                 if per_read:
                     add(lane, variable, per_read * seconds)
 
@@ -156,11 +159,11 @@ class PassTime:
         for variable, seconds in part.gpu.items():
             add(self._after_another, variable, seconds)
         add(self._cpu, on_cpu, cpu_s)
-        add(self._reads, on_cpu, scale * cost.read_s_per_unit)
+        add(self._head_reads if is_head else self._reads, on_cpu, scale * cost.read_s_per_unit)
         copy = scale * shard.unit_bytes / self._hardware.h2d_bytes_per_s
         add(self._copies, streamed, copy)
         if is_head:
-            self._program.at_least({stage: 1.0, streamed: -copy}, 0.0)
+            self._head_copies = {stage: -1.0, streamed: copy}
             self._tail |= {stage: 1.0, layers: handover_s}
             self._head_launch_s += scale * cost.launch_s * count
         else:

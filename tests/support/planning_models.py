@@ -171,6 +171,7 @@ def random_machine(rng: random.Random) -> HardwareProfile:
         launch_overhead_s=1e-6,
         cpu_call_s=1e-6,
         unified_memory=rng.random() < 0.1,
+        copy_slowdown_while_computing=rng.uniform(0.4, 1.0),
     )
 
 
