@@ -22,8 +22,8 @@ from placement.solve.whole_units import (
     in_best_number,
     in_expert_slots,
     laid_out,
+    with_streams_in_few_layers,
     with_tokens,
-    with_whole_streams,
 )
 
 # Placements that are tried with every prefill chunk, the fastest first.
@@ -68,7 +68,7 @@ def candidates(problems: Sequence[Problem], below_s: float = inf) -> list[Candid
     in_slots: list[Candidate] = []
     for share in SHARES:
         slotted = [other for each in at_home if (other := in_expert_slots(each, share)) is not None]
-        in_slots += [*slotted, *map(with_whole_streams, fastest_first(slotted)[:1])]
+        in_slots += [*slotted, *map(with_streams_in_few_layers, fastest_first(slotted)[:1])]
     fitting += [*in_slots, *in_best_number(in_slots)]
     return fastest_first(fitting or too_large)
 

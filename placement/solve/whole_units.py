@@ -23,7 +23,9 @@ from placement.solve.pairing import is_paired
 from placement.solve.problem import Candidate, Problem, fastest_first
 from placement.solve.spread import Spread, lay_out, placements, streams
 
-EIGHTHS = 8  # of the layers with expert slots, tried first as the number that streams to prompts
+EIGHTHS = 8  # of the layers with experts, tried first as the number that streams to prompts
+LAYER_PARTS = 8  # of one of them that streams in part
+FINEST = 64  # steps of the search for that number, over all layers
 SHARES = (1.0, 0.5)  # of the memory of experts at home that expert slots are tried in
 MOST_TRIED_INSERTS = 4
 MOST_OF_OTHERS = 6  # candidates with the number of copies that suits the fastest one
@@ -204,7 +206,7 @@ def in_best_number(slotted: Sequence[Candidate]) -> Iterator[Candidate]:
     if best is not None and best is not ranked[0]:
         inserts = best.problem.workload.inserts
         others = [replace(each, problem=each.problem.with_inserts(inserts)) for each in ranked[1:MOST_OF_OTHERS]]
-        yield from (best, with_whole_streams(fastest_first([best, *others])[0]))
+        yield from (best, with_streams_in_few_layers(fastest_first([best, *others])[0]))
 
 
 def with_best_inserts(candidate: Candidate) -> Candidate:
@@ -227,35 +229,39 @@ def with_best_inserts(candidate: Candidate) -> Candidate:
     return best
 
 
-def with_whole_streams(candidate: Candidate) -> Candidate:
-    """The candidate with the experts of another number of layers streamed whole to prompts, and the CPU computing those
-    of the others, the fastest that is found; itself where rules or a bus that streams nothing leave no choice.
+def with_streams_in_few_layers(candidate: Candidate) -> Candidate:
+    """The candidate with the experts of another number of layers streamed to prompts, those of one of them in part, and
+    the CPU computing all others, the fastest that is found; itself where rules or a bus that streams nothing leave no
+    choice.
 
     The program weighed that with experts at home, which serve prompts too; in slots they do not.
     """
     problem, linears = candidate.problem, candidate.linears
     lowest = min(weighted.call.tier for weighted in problem.calls)
     tiers = {weighted.call.tier for weighted in problem.calls if weighted.call.q_len > 1} - {lowest}
-    at = [i for i, bound in enumerate(problem.bounds.linears) if linears[i].expert_slots and bound == FREE]
+    bounds = zip(problem.workload.linears, problem.bounds.linears, strict=True)
+    at = [i for i, (shard, bound) in enumerate(bounds) if shard.picks and bound == FREE]
     if not (tiers and at and problem.staging_slots):
         return candidate
-    at.sort(key=lambda i: -linears[i].stream_units[max(tiers)])
-    step, tried = -(-len(at) // EIGHTHS), {}
-    wanted = [*range(0, len(at), step), len(at)]
-    while step:
-        tried |= {count: _streaming(candidate, at[:count], at[count:], tiers) for count in wanted}
-        best = min(tried, key=lambda count: tried[count].judged_s if tried[count].fits else inf)
+    # What expert slots serve need not be streamed: where they are fewest it gains most.
+    at.sort(key=lambda i: (linears[i].expert_slots, -linears[i].stream_units[max(tiers)]))
+    most, step, tried = len(at) * LAYER_PARTS, -(-len(at) // EIGHTHS) * LAYER_PARTS, {}
+    wanted = [*range(0, most, step), most]
+    while step >= max(1, most // FINEST):
+        tried |= {parts: _streaming(candidate, at, parts, tiers) for parts in wanted}
+        best = min(tried, key=lambda parts: tried[parts].judged_s if tried[parts].fits else inf)
         step //= 2
-        wanted = [count for count in (best - step, best + step) if 0 <= count <= len(at) and count not in tried]
+        wanted = [parts for parts in (best - step, best + step) if 0 <= parts <= most and parts not in tried]
     return fastest_first([candidate, *(each for each in tried.values() if each.fits)])[0]
 
 
-def _streaming(candidate: Candidate, whole: Sequence[int], none: Sequence[int], tiers: Collection[int]) -> Candidate:
-    """The candidate with everything of some linears that is not at home streamed in these row tiers, and nothing of
-    others."""
+def _streaming(candidate: Candidate, at: Sequence[int], parts: int, tiers: Collection[int]) -> Candidate:
+    """The candidate with so many parts of layers of what some linears have in DRAM streamed in these row tiers, the
+    first linears' whole, and nothing of the last ones."""
     placed = list(candidate.linears)
-    for i in (*whole, *none):
-        width = placed[i].dram_units if i in whole else 0
+    for place, i in enumerate(at):
+        share = min(LAYER_PARTS, max(0, parts - place * LAYER_PARTS))
+        width = placed[i].dram_units * share // LAYER_PARTS
         widths = [width if tier in tiers else old for tier, old in enumerate(placed[i].stream_units)]
         placed[i] = replace(placed[i], stream_units=tuple(widths))
     return with_linears(candidate, tuple(placed))
