@@ -34,8 +34,7 @@ class RowKeys(NamedTuple):
 class ChunkKeys(NamedTuple):
     """The keys [start, stop) of one sequence that a chunk of it meets, whose first row is at position q_start.
 
-    table: int32 [num_kv_heads, max_pages], as in `RowKeys`. window: how many newest keys a row sees, itself included;
-    0 for all.
+    table: int32 [num_kv_heads, max_pages], as in `RowKeys`. window: how many newest keys a row sees, its own too, or 0.
     """
 
     table: Tensor
@@ -57,8 +56,7 @@ class Rotation(NamedTuple):
     """What a layer does to its q and k before it attends.
 
     cos, sin: [max_positions, rotary_dim / 2], of equal strides; pairs are (i, i + rotary_dim / 2), later dims pass
-    through. q_norm, k_norm: [head_dim], weights of an RMS norm of every head with `eps` before it is rotated; None
-    where there is none.
+    through. q_norm, k_norm: [head_dim], of an RMS norm of every head with `eps` before it is rotated, or None.
     """
 
     cos: Tensor
@@ -146,6 +144,13 @@ class DeltaRule(NamedTuple):
     norm: Tensor
     eps: float
     is_tiled: bool = False
+
+
+class DeltaStates(NamedTuple):
+    """States of gated DeltaNet, [sequences, size], and what drafts write instead, likewise; None where none is one."""
+
+    values: Tensor
+    spare: Tensor | None = None
 
 
 class Ops(Protocol):
@@ -272,15 +277,16 @@ class Ops(Protocol):
         """
 
     def delta_step(
-        self, projected: Tensor, gates: Tensor, rule: DeltaRule, states: Tensor, ids: Tensor, out: Tensor
+        self, projected: Tensor, gates: Tensor, rule: DeltaRule, states: DeltaStates, ids: Tensor, out: Tensor
     ) -> None:
-        """Rows of gated DeltaNet between its projections, each a token of a sequence whose state it changes.
+        """Rows of gated DeltaNet between its projections: a token changes its sequence's state, a draft a copy of it.
 
         projected: [rows, key_heads, unit_features], a unit being a query, a key, the values of its value heads, their
-        gates and padding. gates: [rows, 2 * value_heads or more], before their sigmoids the strengths, then what decays
-        are made of. states: [sequences, size], written: of a sequence the matrices [value_heads, key_dim, value_dim],
-        then the taps - 1 newest inputs of the convolution. ids: int64 [rows], the sequence of each row, trusted on
-        a GPU; rows of one sequence are taken in their order. out: [rows, value_heads * value_dim], written.
+        gates and padding. gates: [rows, 2 * value_heads or more], before sigmoids the strengths, then what decays are
+        made of. states: written, of a sequence the matrices [value_heads, key_dim, value_dim], then the taps - 1 newest
+        inputs of the convolution. ids: int64 [rows], of
+        each row its sequence, or ~sequence of a draft; trusted on a GPU. Rows of a sequence are taken in their order,
+        drafts last and side by side. out: [rows, value_heads * value_dim], written.
         """
 
     def add_sinks(self, sinks: Tensor, into: Partial) -> None:

@@ -8,7 +8,18 @@ from torch import Tensor
 from cpu_kernels.ahead.builders import build_all
 from cpu_kernels.attention import op as attention
 from cpu_kernels.attention import rope_op as rope
-from cpu_kernels.contract import ChunkKeys, DeltaRule, Pages, Partial, Picks, Rotation, Routes, RowKeys, Scoring
+from cpu_kernels.contract import (
+    ChunkKeys,
+    DeltaRule,
+    DeltaStates,
+    Pages,
+    Partial,
+    Picks,
+    Rotation,
+    Routes,
+    RowKeys,
+    Scoring,
+)
 from cpu_kernels.delta import op as delta
 from cpu_kernels.linear import expert_op, pack, repack
 from cpu_kernels.linear import op as linear
@@ -209,7 +220,7 @@ class CpuKernels:
         attention.prefill_attention(self._team, q, pages, keys, scale, into, cap)
 
     def delta_step(
-        self, projected: Tensor, gates: Tensor, rule: DeltaRule, states: Tensor, ids: Tensor, out: Tensor
+        self, projected: Tensor, gates: Tensor, rule: DeltaRule, states: DeltaStates, ids: Tensor, out: Tensor
     ) -> None:
         delta.delta_step(self._team, projected, gates, rule, states, ids, out)
 

@@ -9,6 +9,9 @@ A chunk is a key head with all rows in their order: the inputs that it keeps and
 nobody else's, so a row is the same bits for any number of threads and whatever rows of other sequences stand beside it.
 The state is read from memory once, and read and written once more while the caches have it.
 
+A draft leaves its sequence's state as it is: the first one reads it and writes a spare one, from which the others go
+on.
+
 Scratch of a key head: q, k and v of a row behind the convolution, then u and y of one value head.
 """
 
@@ -95,8 +98,9 @@ def recall(state, key, key_dim, width, value, decay, strength, to):
 
 
 @helper
-def step(state, key, query, key_dim, width, decay, changes, to):
-    """S = decay S + k u^T and y = S^T q, two vectors of columns at a time: more need more than 16 registers."""
+def step(state, lead, key, query, key_dim, width, decay, changes, to):
+    """S = decay S + k u^T and y = S^T q, two vectors of columns at a time: more need more than 16 registers. lead: how
+    many bytes behind S is written."""
     row, i, lower = 4 * width, 0, splat(decay)
     while i + 32 <= width:
         at, own, out = state + 4 * i, changes + 4 * i, to + 4 * i
@@ -104,10 +108,10 @@ def step(state, key, query, key_dim, width, decay, changes, to):
         for j in range(key_dim):
             factor, weight = splat(load_scalar(key + 4 * j)), splat(load_scalar(query + 4 * j))
             value = fma(factor, first, mul(lower, load_f32(at)))
-            store_f32(value, at)
+            store_f32(value, at + lead)
             left_sum = fma(weight, value, left_sum)
             value = fma(factor, second, mul(lower, load_f32(at + 64)))
-            store_f32(value, at + 64)
+            store_f32(value, at + lead + 64)
             right_sum = fma(weight, value, right_sum)
             at += row
         store_f32(left_sum, out)
@@ -118,7 +122,7 @@ def step(state, key, query, key_dim, width, decay, changes, to):
         own = load_f32_tail(changes + 4 * i, left)
         for j in range(key_dim):
             value = fma(splat(load_scalar(key + 4 * j)), own, mul(lower, load_f32_tail(at, left)))
-            store_f32_tail(value, at, left)
+            store_f32_tail(value, at + lead, left)
             total = fma(splat(load_scalar(query + 4 * j)), value, total)
             at += row
         store_f32_tail(total, to + 4 * i, left)
@@ -140,18 +144,19 @@ def passes(whole: bool):
             store_f32_tail(value, address, left)
 
     @helper
-    def convolve(new, kept, taps, stride, count, width, to):
-        """Of `width` features, their new inputs and those kept, `stride` bytes from each to the next, which move up."""
+    def convolve(new, kept, lead, taps, stride, count, width, to):
+        """Of `width` features, their new inputs and those kept, `stride` bytes from each to the next, which move up;
+        lead: as of `step`."""
         for i in range(0, width, 16):
             left, at, tap = width - i, kept + 4 * i, taps + 4 * i
             total = mul(load(at, left), load(tap, left))
             for _ in range(count - 2):
                 value = load(at + stride, left)
-                store(value, at, left)
+                store(value, at + lead, left)
                 at, tap = at + stride, tap + stride
                 total = fma(value, load(tap, left), total)
             value = load(new + 4 * i, left)
-            store(value, at, left)
+            store(value, at + lead, left)
             store(silu(fma(value, load(tap + stride, left), total)), to + 4 * i, left)
 
     @helper
@@ -164,6 +169,28 @@ def passes(whole: bool):
             store(mul(value, silu(load(gate + 4 * i, left))), to + 4 * i, left)
 
     return convolve, gated_norm
+
+
+@helper
+def places(arguments, row):
+    """(where the state of a row's sequence is read, how many bytes behind that it is written); 0, 0 where the id has no
+    state."""
+    ids = parameter(arguments, DELTA.ids)
+    place = load_i64(ids + 8 * row)
+    sequence = place if place >= 0 else ~place
+    own = parameter(arguments, DELTA.states) + sequence * parameter(arguments, DELTA.states_row)
+    spare = parameter(arguments, DELTA.spare) + sequence * parameter(arguments, DELTA.spare_row)
+    if sequence >= parameter(arguments, DELTA.sequences) or (
+        place < 0 and sequence >= parameter(arguments, DELTA.spares)
+    ):
+        own, lead = types.int64(0), types.int64(0)
+    elif place >= 0:
+        lead = types.int64(0)
+    elif row > 0 and load_i64(ids + 8 * (row - 1)) == place:
+        own, lead = spare, types.int64(0)
+    else:
+        lead = spare - own
+    return own, lead
 
 
 def delta_step(whole: bool):
@@ -185,18 +212,17 @@ def delta_step(whole: bool):
             y = changes + 4 * value_dim
             of_key, of_value = head * key_bytes, 2 * key_heads * key_bytes + 4 * head * values
             for row in range(parameter(arguments, DELTA.rows)):
-                sequence = load_i64(parameter(arguments, DELTA.ids) + 8 * row)
-                if sequence < 0 or sequence >= parameter(arguments, DELTA.sequences):
+                state, lead = places(arguments, row)
+                if state == 0:
                     fail(arguments, 1)
                     break
-                state = parameter(arguments, DELTA.states) + sequence * parameter(arguments, DELTA.states_row)
                 kept = state + value_heads * matrix
                 x = parameter(arguments, DELTA.x) + row * parameter(arguments, DELTA.x_row)
                 x += head * parameter(arguments, DELTA.x_head)
-                convolve(x, kept + of_key, taps + of_key, stride, count, key_dim, q)
+                convolve(x, kept + of_key, lead, taps + of_key, stride, count, key_dim, q)
                 of_k = of_key + key_heads * key_bytes
-                convolve(x + key_bytes, kept + of_k, taps + of_k, stride, count, key_dim, k)
-                convolve(x + 2 * key_bytes, kept + of_value, taps + of_value, stride, count, values, v)
+                convolve(x + key_bytes, kept + of_k, lead, taps + of_k, stride, count, key_dim, k)
+                convolve(x + 2 * key_bytes, kept + of_value, lead, taps + of_value, stride, count, values, v)
                 shorten(q, key_dim, 1.0 / math.sqrt(types.float64(key_dim)))
                 shorten(k, key_dim, 1.0)
                 gates = parameter(arguments, DELTA.gates) + row * parameter(arguments, DELTA.gates_row)
@@ -210,7 +236,7 @@ def delta_step(whole: bool):
                     bias = load_scalar(parameter(arguments, DELTA.dt_bias) + of_head)
                     decay, strength = decay_of(rate, gate + bias), strength_of(load_scalar(gates + of_head))
                     recall(own, k, key_dim, value_dim, v + here, decay, strength, changes)
-                    step(own, k, q, key_dim, value_dim, decay, changes, y)
+                    step(own, lead, k, q, key_dim, value_dim, decay, changes, y)
                     z = x + 2 * key_bytes + 4 * values + here
                     norm = parameter(arguments, DELTA.norm)
                     gated_norm(y, value_dim, norm, eps, z, to + value * parameter(arguments, DELTA.out_value))

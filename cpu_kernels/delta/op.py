@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cpu_kernels.checks import bits_of, check_tensor, expect
-from cpu_kernels.contract import DeltaRule
+from cpu_kernels.contract import DeltaRule, DeltaStates
 from cpu_kernels.team.arguments import DELTA
 from cpu_kernels.team.team import Team
 
@@ -12,8 +12,9 @@ LANES = 16
 
 
 def delta_step(
-    team: Team, projected: Tensor, gates: Tensor, rule: DeltaRule, states: Tensor, ids: Tensor, out: Tensor
+    team: Team, projected: Tensor, gates: Tensor, rule: DeltaRule, both: DeltaStates, ids: Tensor, out: Tensor
 ) -> None:
+    states, spare = both
     check_tensor("projected", projected, torch.float32, (None, None, None))
     rows, key_heads, unit = projected.shape
     taps, value_dim, value_heads = rule.conv.shape[0], rule.norm.shape[0], rule.rates.shape[0]
@@ -23,6 +24,8 @@ def delta_step(
     features = rule.conv.shape[1]
     size = value_heads * key_dim * value_dim + (taps - 1) * features
     check_tensor("states", states, torch.float32, (None, size))
+    if spare is not None:
+        check_tensor("spare", spare, torch.float32, (None, size))
     check_tensor("ids", ids, torch.int64, (rows,))
     check_tensor("out", out, torch.float32, (rows, value_heads * value_dim))
     if not rows:
@@ -52,6 +55,9 @@ def delta_step(
             states=states.data_ptr(),
             states_row=4 * states.stride(0),
             sequences=states.shape[0],
+            spare=0 if spare is None else spare.data_ptr(),
+            spare_row=0 if spare is None else 4 * spare.stride(0),
+            spares=0 if spare is None else spare.shape[0],
             ids=ids.data_ptr(),
             out=out.data_ptr(),
             out_row=4 * out.stride(0),
@@ -60,7 +66,8 @@ def delta_step(
             head_bytes=head_bytes,
         ),
     )
-    expect(failure == 0, f"ids must lie in 0..{states.shape[0] - 1}, the rows of states")
+    drafts = "" if spare is None else f", or be ~id of a draft with an id in 0..{spare.shape[0] - 1}"
+    expect(failure == 0, f"ids must lie in 0..{states.shape[0] - 1}, the rows of states{drafts}")
 
 
 def _check_rule(rule: DeltaRule, key_heads: int, unit: int) -> tuple[int, int]:

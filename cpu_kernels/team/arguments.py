@@ -74,11 +74,13 @@ SINKS = block("SINKS", "sinks out out_row out_head lse lse_row rows heads head_d
 SIGMOID_MUL = block("SIGMOID_MUL", "gate gate_row gate_unit out out_row out_unit rows units features")
 SCALE_ROWS = block("SCALE_ROWS", "factors factor_row out out_row rows features")
 NORM_HEADS = block("NORM_HEADS", "qkv qkv_row qkv_unit rows kv_heads q_width k_width q_norm k_norm eps")
-# head_bytes: working memory of a key head. taps_row: also the stride of kept inputs. ids: int64, contiguous.
+# head_bytes: working memory of a key head. taps_row: also the stride of kept inputs. ids: int64, contiguous. spares:
+# rows of spare, 0 where there is none.
 DELTA = block(
     "DELTA",
     "x x_row x_head gates gates_row rows key_heads values_per_key key_dim value_dim conv taps_row taps",
-    "rates dt_bias norm eps states states_row sequences ids out out_row out_key out_value head_bytes",
+    "rates dt_bias norm eps states states_row sequences spare spare_row spares ids out out_row out_key out_value",
+    "head_bytes",
 )
 SWEEP = block("SWEEP", "address size")
 # q_norm, k_norm: 0 for none. half: of the rotated dims. block, factor: of the Hadamard matrix of quantised rows.

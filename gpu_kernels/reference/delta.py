@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from cpu_kernels.contract import L2_EPS, DeltaRule
+from cpu_kernels.contract import L2_EPS, DeltaRule, DeltaStates
 
 
 class DeltaSizes(NamedTuple):
@@ -37,7 +37,7 @@ class DeltaSizes(NamedTuple):
 
 
 def delta_sizes(
-    projected: Tensor, gates: Tensor, rule: DeltaRule, states: Tensor, ids: Tensor, out: Tensor
+    projected: Tensor, gates: Tensor, rule: DeltaRule, states: DeltaStates, ids: Tensor, out: Tensor
 ) -> DeltaSizes:
     """What the arguments of `delta_step` say that the layer is; AssertionError where they contradict each other."""
     (rows, key_heads, unit), (taps, features) = projected.shape, rule.conv.shape
@@ -51,17 +51,25 @@ def delta_sizes(
     assert unit >= width, f"projected has {unit} features a key head; it must have {width}"
     assert gates.shape[0] == rows and gates.shape[1] >= 2 * value_heads, f"gates is {tuple(gates.shape)}"
     size = sizes.matrices + (taps - 1) * features
-    assert states.shape[1:] == (size,), f"states is {tuple(states.shape)}; each must have {size} numbers"
+    for each in states:
+        assert each is None or each.shape[1:] == (size,), (
+            f"states is {tuple(each.shape)}; each must have {size} numbers"
+        )
     assert ids.shape == (rows,) and ids.dtype == torch.int64, f"ids is {ids.dtype} {tuple(ids.shape)}"
     assert out.shape == (rows, value_heads * value_dim), f"out is {tuple(out.shape)}"
     assert rule.dt_bias.shape == rule.rates.shape, f"dt_bias is {tuple(rule.dt_bias.shape)}"
     return sizes
 
 
-def delta_step(projected: Tensor, gates: Tensor, rule: DeltaRule, states: Tensor, ids: Tensor, out: Tensor) -> None:
-    sizes = delta_sizes(projected, gates, rule, states, ids, out)
-    for row, sequence in enumerate(ids.tolist()):
-        out[row] = _token(sizes, projected[row], gates[row], rule, states[sequence])
+def delta_step(
+    projected: Tensor, gates: Tensor, rule: DeltaRule, states: DeltaStates, ids: Tensor, out: Tensor
+) -> None:
+    sizes, before = delta_sizes(projected, gates, rule, states, ids, out), None
+    for row, place in enumerate(ids.tolist()):
+        state = states.values[place] if place >= 0 else states.spare[~place]
+        if place < 0 and place != before:
+            state.copy_(states.values[~place])
+        out[row], before = _token(sizes, projected[row], gates[row], rule, state), place
 
 
 def _token(sizes: DeltaSizes, units: Tensor, gates: Tensor, rule: DeltaRule, state: Tensor) -> Tensor:

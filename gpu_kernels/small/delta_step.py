@@ -7,8 +7,9 @@
 
 A program is a key head of a sequence with the value heads that share it: the inputs that these keep and their states
 are no other program's, so nothing is read by one that another writes. Where several rows are of one sequence, the
-programs of the first one take them all, in their order. A state is read and written once, in registers between:
-columns of it depend on each other in the norm alone, so large ones are taken some columns at a time.
+programs of the first one take them all, in their order; from the first draft on they write a spare state. A state is
+read and written once, in registers between: columns of it depend on each other in the norm alone, so large ones are
+taken some columns at a time.
 
 Threads of a program may hold the same numbers, each of which has read them: a barrier stands before what is written
 over numbers that were read, and behind a row. The inputs of the convolution are taken tap by tap: over a tile of taps
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpu_kernels.contract import L2_EPS, DeltaRule
+from cpu_kernels.contract import L2_EPS, DeltaRule, DeltaStates
 from gpu_kernels.elementwise import ordered_exp
 from gpu_kernels.launching import Kernel, Shape
 from gpu_kernels.reference.delta import DeltaSizes, delta_sizes
@@ -51,10 +52,10 @@ def _decay(rate, value):
 
 @triton.jit
 def _convolved(
-    new, kept, conv, columns, features, inside, conv_tap, conv_feature, WIDTH: tl.constexpr, TAPS: tl.constexpr
+    new, kept, to, conv, columns, features, inside, conv_tap, conv_feature, WIDTH: tl.constexpr, TAPS: tl.constexpr
 ):
-    """What the convolution makes of `columns` of a unit, which are its `features`; the kept inputs move up."""
-    kept, conv = kept + features, conv + features * conv_feature
+    """What the convolution makes of `columns` of a unit, which are its `features`; the kept inputs move up, to `to`."""
+    kept, to, conv = kept + features, to + features, conv + features * conv_feature
     newest = tl.load(new + columns, mask=inside, other=0.0)
     total = newest * tl.load(conv + (TAPS - 1) * conv_tap, mask=inside, other=0.0)
     for tap in tl.static_range(TAPS - 1):
@@ -62,8 +63,8 @@ def _convolved(
         total += older * tl.load(conv + tap * conv_tap, mask=inside, other=0.0)
     tl.debug_barrier()
     for tap in tl.static_range(TAPS - 2):
-        tl.store(kept + tap * WIDTH, tl.load(kept + (tap + 1) * WIDTH, mask=inside, other=0.0), mask=inside)
-    tl.store(kept + (TAPS - 2) * WIDTH, newest, mask=inside)
+        tl.store(to + tap * WIDTH, tl.load(kept + (tap + 1) * WIDTH, mask=inside, other=0.0), mask=inside)
+    tl.store(to + (TAPS - 2) * WIDTH, newest, mask=inside)
     return _silu(total)
 
 
@@ -76,13 +77,13 @@ def _gates_of(gates, rates, dt_bias, head, VALUE_HEADS: tl.constexpr):
 
 
 @triton.jit
-def _advanced(state, q, k, v, strength, decay, inside):
-    """y of some columns of a value head, whose state, pointers [key_dim, columns], moves on by a row."""
+def _advanced(state, to, q, k, v, strength, decay, inside):
+    """y of some columns of a value head, whose state, pointers [key_dim, columns], moves on by a row, to `to`."""
     matrix = tl.load(state, mask=inside, other=0.0)
     change = strength * (v - decay * tl.sum(k[:, None] * matrix, axis=0))
     matrix = decay * matrix + k[:, None] * change[None, :]
     tl.debug_barrier()
-    tl.store(state, matrix, mask=inside)
+    tl.store(to, matrix, mask=inside)
     return tl.sum(q[:, None] * matrix, axis=0)
 
 
@@ -107,6 +108,7 @@ def _delta_step_kernel(
     dt_bias,
     norm,
     states,
+    spare,
     ids,
     out,
     rows,
@@ -118,6 +120,7 @@ def _delta_step_kernel(
     conv_tap,
     conv_feature,
     states_row,
+    spare_row,
     out_row,
     KEY_HEADS: tl.constexpr,
     PER_KEY: tl.constexpr,
@@ -131,17 +134,19 @@ def _delta_step_kernel(
     ROWS_PAD: tl.constexpr,
 ):
     """grid: (key_heads, rows). x: [rows, key_heads, 2 key_dim + 2 per_key value_dim or more]; gates: [rows, 2
-    value_heads or more]; conv: [taps, features]; states: [sequences, size]; ids: int64 [rows]; the others as in
+    value_heads or more]; conv: [taps, features]; states, spare: [sequences, size]; ids: int64 [rows]; the others as in
     `DeltaRule`. scale: 1 / sqrt(key_dim). BLOCKS blocks of COLUMNS are a value head's."""
     head, first = tl.program_id(0), tl.program_id(1)
     width: tl.constexpr = (2 * KEY_DIM + PER_KEY * VALUE_DIM) * KEY_HEADS
     index = tl.arange(0, ROWS_PAD)
-    sequence = tl.load(ids + first)
-    is_own = tl.load(ids + index, mask=index < rows, other=-1) == sequence
+    own_id, other_ids = tl.load(ids + first), tl.load(ids + index, mask=index < rows, other=0)
+    sequence = tl.where(own_id < 0, ~own_id, own_id)
+    is_own = (tl.where(other_ids < 0, ~other_ids, other_ids) == sequence) & (index < rows)
     is_first = tl.min(tl.where(is_own, index, ROWS_PAD), axis=0) == first
     turns = tl.where(is_first, tl.sum(is_own.to(tl.int32), axis=0), 0)
     state = states + sequence * states_row
-    kept = state + KEY_HEADS * PER_KEY * KEY_DIM * VALUE_DIM
+    beside = spare + sequence * spare_row
+    matrices: tl.constexpr = KEY_HEADS * PER_KEY * KEY_DIM * VALUE_DIM
     pair = tl.arange(0, 2 * KEY_PAD)
     is_key = pair // KEY_PAD
     in_pair = pair % KEY_PAD < KEY_DIM
@@ -150,11 +155,15 @@ def _delta_step_kernel(
     row = first
     for _ in range(turns):
         at = row.to(tl.int64)
+        to = state
+        if tl.load(ids + row) < 0:
+            to = beside
+        kept, kept_to = state + matrices, to + matrices
         unit, row_gates, row_out = x + at * x_row + head * x_head, gates + at * gates_row, out + at * out_row
         in_unit = pair % KEY_PAD + is_key * KEY_DIM
-        both = _convolved(unit, kept, conv, in_unit, of_pair, in_pair, conv_tap, conv_feature, width, TAPS).reshape(
-            2, KEY_PAD
-        )
+        both = _convolved(
+            unit, kept, kept_to, conv, in_unit, of_pair, in_pair, conv_tap, conv_feature, width, TAPS
+        ).reshape(2, KEY_PAD)
         both *= tl.rsqrt(tl.sum(both * both, axis=1) + EPSILON)[:, None]
         is_second = tl.arange(0, 2)[:, None] == 1
         k = tl.sum(tl.where(is_second, both, 0.0), axis=0)
@@ -162,33 +171,40 @@ def _delta_step_kernel(
         for value in range(PER_KEY):
             of_head = head * PER_KEY + value
             strength, decay = _gates_of(row_gates, rates, dt_bias, of_head, KEY_HEADS * PER_KEY)
-            own, values = state + of_head * (KEY_DIM * VALUE_DIM), unit + 2 * KEY_DIM + value * VALUE_DIM
+            of_own, values = of_head * (KEY_DIM * VALUE_DIM), unit + 2 * KEY_DIM + value * VALUE_DIM
             y = tl.zeros([BLOCKS, COLUMNS], tl.float32)
             for block in range(BLOCKS):
                 column = block * COLUMNS + tl.arange(0, COLUMNS)
                 in_head = column < VALUE_DIM
-                cell = own + key[:, None] * VALUE_DIM + column[None, :]
+                cell = of_own + key[:, None] * VALUE_DIM + column[None, :]
                 inside = (key < KEY_DIM)[:, None] & in_head[None, :]
                 feature = 2 * KEY_HEADS * KEY_DIM + of_head * VALUE_DIM + column
-                v = _convolved(values, kept, conv, column, feature, in_head, conv_tap, conv_feature, width, TAPS)
-                is_block = tl.arange(0, BLOCKS)[:, None] == block
-                y = tl.where(is_block, _advanced(cell, q, k, v, strength, decay, inside)[None, :], y)
+                v = _convolved(
+                    values, kept, kept_to, conv, column, feature, in_head, conv_tap, conv_feature, width, TAPS
+                )
+                moved = _advanced(state + cell, to + cell, q, k, v, strength, decay, inside)
+                y = tl.where(tl.arange(0, BLOCKS)[:, None] == block, moved[None, :], y)
             place = value * KEY_HEADS + head if IS_TILED else of_head
             z = values + PER_KEY * VALUE_DIM
             _store_normed(row_out + place * VALUE_DIM, y, z, norm, eps, VALUE_DIM, BLOCKS, COLUMNS)
         tl.debug_barrier()
+        state = to
         row = tl.min(tl.where(is_own & (index > row), index, ROWS_PAD), axis=0)
 
 
-def delta_step(projected: Tensor, gates: Tensor, rule: DeltaRule, states: Tensor, ids: Tensor, out: Tensor) -> None:
+def delta_step(
+    projected: Tensor, gates: Tensor, rule: DeltaRule, states: DeltaStates, ids: Tensor, out: Tensor
+) -> None:
     sizes, rows = delta_sizes(projected, gates, rule, states, ids, out), projected.shape[0]
-    assert projected.stride(2) == gates.stride(1) == states.stride(1) == out.stride(1) == 1, "rows have gaps inside"
+    values, spare = states.values, states.values if states.spare is None else states.spare
+    assert projected.stride(2) == gates.stride(1) == values.stride(1) == out.stride(1) == 1, "rows have gaps inside"
     if rows:
         _delta_step_kernel.launch(
             (sizes.key_heads, rows, 1),
-            (projected, gates, rule.conv, rule.rates, rule.dt_bias, rule.norm, states, ids, out),
+            (projected, gates, rule.conv, rule.rates, rule.dt_bias, rule.norm, values, spare, ids, out),
             (rows, rule.eps, sizes.key_dim**-0.5),
-            (*projected.stride()[:2], gates.stride(0), *rule.conv.stride(), states.stride(0), out.stride(0)),
+            (*projected.stride()[:2], gates.stride(0), *rule.conv.stride(), values.stride(0), spare.stride(0))
+            + (out.stride(0),),
             _shape(sizes, rule.is_tiled, triton.next_power_of_2(rows)),
         )
 

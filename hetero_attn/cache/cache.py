@@ -104,6 +104,7 @@ class KVCache:
         for pool in self.pools:
             pool.end(sequence.id)
         self.prefix_states.release(sequence.id)
+        self.states.forget(sequence.id)
         del self._open[sequence.id]
         self._free_ids.append(sequence.id)
 
@@ -122,8 +123,9 @@ class KVCache:
 
     def rewind(self, sequence: SequenceState, length: int) -> bool:
         """Forget the tokens from `length` on; False, and nothing is done, where a window has let go of what is seen, or
-        a layer's state of fixed size has taken them in."""
-        if self.states and length != sequence.length:
+        a layer's state of fixed size has taken them in: all but the drafts of the last step, see `states`."""
+        back = sequence.length - length if self.states else 0
+        if back > self.states.waiting(sequence.id):
             return False
         for pool in self.pools:
             first, held = pool.first_visible(length) // pool.page_size, pool.held(sequence.id)
@@ -131,9 +133,15 @@ class KVCache:
                 return False
         for pool in self.pools:
             pool.cut(sequence.id, length)
+        self.states.take_back(sequence.id, back)
         sequence.length = length
         self._own_tails(sequence)
         return True
+
+    @property
+    def takes_back(self) -> bool:
+        """Whether sequences can be rewound to in front of a step's drafts."""
+        return not self.states or self.states.holds(1)
 
     def make_room(self, sequence: SequenceState, new_tokens: int) -> None:
         """Hold pages for `new_tokens` more of this sequence; `length` itself moves when the step has written them."""

@@ -16,11 +16,13 @@ from hetero_attn.engine.forward import Forward
 from hetero_attn.engine.lane_report import LaneReport, counters
 from hetero_attn.engine.move import go_over
 from hetero_attn.engine.passes.buffers import Buffers
+from hetero_attn.engine.passes.taken_drafts import TakenDrafts
 from hetero_attn.errors import EngineDeadError
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.decoder import ModelWeights
 from hetero_attn.ops.expert_slot_keeper import SlotKeeper
-from hetero_attn.ops.step import Rows, make_step, most_lines
+from hetero_attn.ops.step import Step, make_step, most_lines
+from hetero_attn.ops.step_rows import Rows
 from hetero_attn.spec.config import ModelConfig
 from placement.plan.heat import ExpertHeat
 from placement.plan.plan import Plan
@@ -50,6 +52,7 @@ class Engine:
         self.report = LaneReport()
         self.weights = weights
         self.forward = Forward(config, weights, lanes, kv_cache, buffers, replay)
+        kv_cache.states.take_in = TakenDrafts(lanes, weights, self.forward, kv_cache.states)
         self._rows = buffers.rows
         self._first_rows: dict[int, int] = {}  # of the last step, by sequence
         self._expert_slots = SlotKeeper(lanes)
@@ -118,22 +121,25 @@ class Engine:
     def _pass(self, work: Sequence[Rows], copy: bool) -> torch.Tensor:
         """`run`, of rows in the order of a step; returns the logits of all that want some, one after the other."""
         with self.lanes.torch_at_rest():
+            self.kv_cache.states.settle()
             before = counters(self.lanes)
             step = self.forward.renewed(work)
             if step is None:
-                logits = self._plain_pass(work, copy)
+                step, logits = self._plain_pass(work, copy)
             else:
                 logits = self.forward.replayed(step, work, copy)
             after = counters(self.lanes)
         self._first_rows, row = {}, 0
         for each in work:
+            if step.has_drafts:
+                self.kv_cache.states.drafted(each.sequence.id, row + 1, len(each.token_ids) - 1)
             self._first_rows[each.sequence.id], row = row, row + len(each.token_ids)
             each.sequence.length += len(each.token_ids)
         self.report.count(_counts(work), row, before, after)
         return logits
 
     @torch.inference_mode()
-    def _plain_pass(self, work: Sequence[Rows], copy: bool) -> torch.Tensor:
+    def _plain_pass(self, work: Sequence[Rows], copy: bool) -> tuple[Step, torch.Tensor]:
         if not work[-1].is_chunk:
             self.forward.drain()
         if not self.forward.is_running:
@@ -143,7 +149,7 @@ class Engine:
         logits = self.forward.logits(step, work, copy)
         if not self.forward.is_running:
             self.report.routed(*self._expert_slots.note(step.rows))
-        return logits
+        return step, logits
 
     def prefill(self, sequence: SequenceState, token_ids: Sequence[int], logits: bool = True) -> torch.Tensor | None:
         """Append a prompt to a sequence, one chunk; returns the last token's logits, float32 [vocab_size].

@@ -23,7 +23,8 @@ from hetero_attn.models.workspace import Workspace
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.ops.older_pages import older_blocks
 from hetero_attn.ops.run import KvView, Run
-from hetero_attn.ops.step import Rows, Step
+from hetero_attn.ops.step import Step
+from hetero_attn.ops.step_rows import Rows
 from hetero_attn.spec.blocks import Declaration, FixedState, KvState
 from hetero_attn.spec.config import ModelConfig
 from placement.plan.workload import row_tier
@@ -168,8 +169,9 @@ class Forward:
             index, place = self._kv_cache.places[block.layer]
             return KvView(self._kv_cache.pools[index], place, step.pools[index])
         if isinstance(block.state, FixedState):
-            keep = partial(self._kv_cache.prefix_states.keep, block.layer)
-            return FixedView(self._kv_cache.states[block.layer], step.sequence_ids.main, keep)
+            states, keep = self._kv_cache.states, partial(self._kv_cache.prefix_states.keep, block.layer)
+            drafts = states.rows_of_drafts(block.layer, 0, step.rows) if step.has_drafts else None
+            return FixedView(states[block.layer], step.sequence_ids.main, keep, drafts, states.spare)
         return None
 
     def randomise(self) -> None:
@@ -180,10 +182,9 @@ class Forward:
     def store(self, step: Step) -> None:
         """Store what the buffers hold as a step's keys and values in every layer, as if layers had computed it."""
         work, run = self.work.rows(0, step.rows), Run(self._lanes, step)
-        for blocks, weights in zip(self._weights.spec.layers, self._weights.layers, strict=True):
-            for block, of_block in zip(blocks, weights, strict=True):
-                if isinstance(block.state, KvState):
-                    block.store(run, of_block, self.state_of(block, step), work)
+        for block, weights in self._weights.blocks:
+            if isinstance(block.state, KvState):
+                block.store(run, weights, self.state_of(block, step), work)
         self._lanes.finish()
 
     @contextmanager

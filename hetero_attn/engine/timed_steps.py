@@ -9,7 +9,8 @@ from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.replays.replay import DecodeReplay
 from hetero_attn.lanes import observe
 from hetero_attn.lanes.stopwatch import Stopwatch, time_recorded
-from hetero_attn.ops.step import Rows, make_step
+from hetero_attn.ops.step import make_step
+from hetero_attn.ops.step_rows import Rows
 
 
 @torch.inference_mode()

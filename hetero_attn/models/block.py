@@ -28,12 +28,17 @@ class FixedView(NamedTuple):
     sequence_ids, int64 [rows] at the same side, the index in it of each row's sequence.
 
     Rows of one sequence are in the order of its tokens; what the step leaves in its state, the next one finds.
-    keep(sequence id, place): copy a sequence's state as queued work leaves it, see `Step.kept_states`.
+    keep(sequence id, place): copy a sequence's state as queued work leaves it, see `Step.kept_states`; None where
+    nothing may be. drafts: float32
+    [rows, draft_features], what a step with drafts leaves of every row, of which later some are taken in; None of any
+    other step. spare: what drafts write in place of values, like those.
     """
 
     values: torch.Tensor
     sequence_ids: torch.Tensor
-    keep: Callable[[int, int], None]
+    keep: Callable[[int, int], None] | None = None
+    drafts: torch.Tensor | None = None
+    spare: torch.Tensor | None = None
 
 
 StateView = KvView | FixedView | None
@@ -66,6 +71,10 @@ class Block(Declaration):
         state: the `StateView` of the state that the block declares.
         """
         raise NotImplementedError(f"{type(self).__name__} computes nothing")
+
+    def take_in(self, lanes: Lanes, weights: BlockWeights, state: FixedView, work: Workspace) -> None:
+        """Move states on by rows that were drafts; `state.drafts` is what those have left."""
+        raise NotImplementedError(f"{type(self).__name__} has no drafts")
 
     def store(self, run: Run, weights: BlockWeights, state: KvView, work: Workspace) -> None:
         """Write what the buffer `stored` holds to the cache as the step's keys and values, nothing attended."""

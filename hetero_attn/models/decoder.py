@@ -1,7 +1,9 @@
 """The decoder families with what their blocks compute, and the two ends of every model: token embedding and head."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -61,6 +63,12 @@ class ModelWeights:
     embed_format: str
     fusion: BlockWeights | None = None
     requantised: Requantised | None = None
+
+    @property
+    def blocks(self) -> Iterator[tuple[Any, BlockWeights]]:
+        """Every block of the layers, in the order they run, with its weights."""
+        for blocks, weights in zip(self.spec.layers, self.layers, strict=True):
+            yield from zip(blocks, weights, strict=True)
 
     @cached_property
     def layer_linears(self) -> tuple[LinearWeights, ...]:

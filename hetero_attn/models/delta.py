@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import silu, softplus
 
-from cpu_kernels.contract import DeltaRule
+from cpu_kernels.contract import DeltaRule, DeltaStates
 from cpu_kernels.formats.weights import BLOCK_FEATURES
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.block import Block, BlockWeights, FixedView, Norm, normed_linear
@@ -26,6 +26,8 @@ from hetero_attn.ops.linear import SplitInput, linear_add
 from hetero_attn.ops.run import Run
 from hetero_attn.spec.decoder.delta import GATES, DeltaDeclaration
 from hetero_attn.spec.decoder.norms import NORMED
+
+EXACT_ROWS = 16  # of a step, up to which linears of integers give the same bits for any number of rows
 
 
 class DeltaRows(NamedTuple):
@@ -52,21 +54,37 @@ class DeltaNet(DeltaDeclaration, Block):
         out = work.of("delta_out", self._delta.value_width)
         normed_linear(lanes, tier, Norm.of(self._config, weights), first, work, projected)
         lanes.pull(projected, first.device_features(tier), self.first.out_features)
-        parts = DeltaRows(projected.main, self._gates(lanes, weights, work), out.main)
+        parts = DeltaRows(projected.main, self._gates(run, weights, work), out.main)
+        if state.drafts is not None:
+            for kept, part in zip(self._split(state.drafts), parts, strict=False):
+                lanes.main_ops.copy_rows(kept, part)
         if run.step.is_one_by_one:
-            self._step(lanes, weights, state.values, state.sequence_ids, parts)
+            self._step(lanes, weights, state, state.sequence_ids, parts)
         else:
             self._mix_runs(run, weights, state, parts)
         column = 0 if lanes.device is None else self._delta.value_width
         linear_add(lanes, last, tier, SplitInput(out, column), work.residual, work.scratch)
 
-    def _gates(self, lanes: Lanes, weights: BlockWeights, work: Workspace) -> torch.Tensor:
+    def take_in(self, lanes: Lanes, weights: BlockWeights, state: FixedView, work: Workspace) -> None:
+        """The rows once more, whose outputs nobody reads."""
+        out = work.of("delta_out", self._delta.value_width).main
+        self._step(lanes, weights, state, state.sequence_ids, DeltaRows(*self._split(state.drafts), out))
+
+    def _split(self, drafts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What drafts leave: their projected rows and their gates."""
+        width = self.first.out_features
+        return drafts[:, :width], drafts[:, width:]
+
+    def _gates(self, run: Run, weights: BlockWeights, work: Workspace) -> torch.Tensor:
         """What strengths and decays are made of, float32 products with the normalised rows."""
-        matrix, normed = weights.vector("gates").main, work.of(NORMED, self._config.hidden_size).main
+        lanes, matrix, normed = run.lanes, weights.vector("gates").main, work.of(NORMED, self._config.hidden_size).main
         gates = work.of(GATES, matrix.shape[0]).main
         if lanes.device is None:
             packed = matrix.view(torch.uint8).view(matrix.shape[0] // BLOCK_FEATURES, -1)
-            lanes.host_ops.linear(normed, packed, "fp32", None, gates)
+            # A row's sum is in another order where several are computed at once: then drafts would change last bits.
+            rows = 1 if run.step.is_one_by_one and run.step.rows <= EXACT_ROWS else run.step.rows
+            for x, out in zip(normed.split(rows), gates.split(rows), strict=True):
+                lanes.host_ops.linear(x, packed, "fp32", None, out)
         else:
             torch.matmul(normed, matrix.T, out=gates)
         return gates
@@ -78,19 +96,17 @@ class DeltaNet(DeltaDeclaration, Block):
         for rows, sequences in runs_of(sequence_ids, [stop for stop, _ in kept]):
             ids = state.sequence_ids[rows]
             if len(ids) == sequences:
-                self._step(run.lanes, weights, state.values, ids, parts.of(rows))
+                self._step(run.lanes, weights, state, ids, parts.of(rows))
             else:
                 self._mix(weights, state.values, ids[:1], parts.of(rows))
             for stop, place in kept:
                 if rows.start < stop <= rows.stop:
                     state.keep(sequence_ids[stop - 1], place)
 
-    def _step(
-        self, lanes: Lanes, weights: BlockWeights, states: torch.Tensor, ids: torch.Tensor, parts: DeltaRows
-    ) -> None:
-        """Single tokens."""
-        units = parts.projected.unflatten(1, (self._delta.key_heads, -1))
-        lanes.main_ops.delta_step(units, parts.gates, self._rule(lanes, weights), states, ids, parts.out)
+    def _step(self, lanes: Lanes, weights: BlockWeights, state: FixedView, ids: torch.Tensor, parts: DeltaRows) -> None:
+        """Single tokens, and drafts behind them."""
+        units, rule = parts.projected.unflatten(1, (self._delta.key_heads, -1)), self._rule(lanes, weights)
+        lanes.main_ops.delta_step(units, parts.gates, rule, DeltaStates(state.values, state.spare), ids, parts.out)
 
     def _rule(self, lanes: Lanes, weights: BlockWeights) -> DeltaRule:
         """Of the vectors where they lie; the CPU's vectors need the features of a tap side by side."""

@@ -22,26 +22,12 @@ import torch
 from cpu_kernels.contract import ChunkKeys, RowKeys
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.cache.pages import PagedStore
-from hetero_attn.cache.pool import CachePool, SequenceState
+from hetero_attn.cache.pool import CachePool
 from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.lanes import Lanes
+from hetero_attn.ops.step_rows import Rows, has_drafts, ids_of_rows, kept_states
 from hetero_attn.spec.workload import table_bytes
 from placement.plan.workload import row_tier
-
-
-class Rows(NamedTuple):
-    """What one sequence brings to a step: the tokens behind those that it has.
-
-    logits: of how many of them, the last ones, logits are wanted. is_chunk: they attend together; else one by one.
-    hidden: of a head that drafts what stands beside each token, float32 [len(token_ids), hidden_size].
-    """
-
-    sequence: SequenceState
-    token_ids: Sequence[int]
-    logits: int = 1
-    is_chunk: bool = False
-    hidden: torch.Tensor | None = None
-
 
 Segment = RowKeys | ChunkKeys  # what one part reads in one store, in the store's own memory
 
@@ -92,9 +78,9 @@ class Step:
 
     positions: int64 [rows] on both sides. tier: the row tier that selects every linear's cut. pools: for each
     pool of the cache, in its order. sequence_ids: int64 [rows] on both sides, of each row's sequence among the
-    states of fixed size; neither side where the model has none. kept_states: (rows, place), ascending: behind so many
-    rows the state of the last one's sequence is kept in a place of `KVCache.prefix_states`. token_ids: int64 [rows] in
-    host memory.
+    states of fixed size, or ~ that of a draft; neither side where the model has none. has_drafts: whether states take
+    in no more than each sequence's first row. kept_states: (rows, place), ascending: behind so many rows the state of
+    the last one's sequence is kept in a place of `KVCache.prefix_states`. token_ids: int64 [rows] in host memory.
     """
 
     rows: int
@@ -105,6 +91,7 @@ class Step:
     pools: tuple[PoolStep, ...]
     sequence_ids: Activation = Activation(None, None)
     kept_states: tuple[tuple[int, int], ...] = ()
+    has_drafts: bool = False
 
     @property
     def is_one_by_one(self) -> bool:
@@ -123,26 +110,16 @@ def make_step(lanes: Lanes, cache: KVCache, work: Sequence[Rows]) -> Step:
     rows = len(step_rows.positions)
     stores = [_in_stores(pool, step_rows) for pool in cache.pools]
     positions, sequence_ids = Activation(None, step_rows.positions), Activation(None, None)
+    drafts = has_drafts(cache, work, rows)
     if cache.states:
-        of_rows = [each.sequence.id for each in work for _ in each.token_ids]
-        sequence_ids = Activation(None, torch.tensor(of_rows, device="cpu"))
+        sequence_ids = Activation(None, torch.tensor(list(ids_of_rows(work, drafts)), device="cpu"))
     if lanes.device is not None:
         positions, sequence_ids, stores = _uploaded(lanes, positions, sequence_ids, stores)
     pools = tuple([PoolStep(_slots(each), tuple(_segments(each, step_rows))) for each in stores])
-    kept = tuple(_kept_states(cache, work)) if cache.states else ()
+    kept = tuple(kept_states(cache, work)) if cache.states else ()
     token_ids = torch.from_numpy(np.array([token_id for each in work for token_id in each.token_ids], np.int64))
-    return Step(rows, row_tier(rows), token_ids, positions, tuple(_parts(step_rows)), pools, sequence_ids, kept)
-
-
-def _kept_states(cache: KVCache, work: Sequence[Rows]) -> Iterator[tuple[int, int]]:
-    """See Step. Rows that attend one by one are of no prompt, and pass none of its lengths."""
-    first = 0
-    for each in work:
-        if each.is_chunk:
-            for length, place in sorted(cache.prefix_states.wanted(each.sequence.id).items()):
-                if 0 < length - each.sequence.length <= len(each.token_ids):
-                    yield first + length - each.sequence.length, place
-        first += len(each.token_ids)
+    parts = tuple(_parts(step_rows))
+    return Step(rows, row_tier(rows), token_ids, positions, parts, pools, sequence_ids, kept, drafts)
 
 
 def most_lines(lanes: Lanes, cache: KVCache, rows: int) -> int:

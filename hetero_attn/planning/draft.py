@@ -15,10 +15,8 @@ from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.planning.draft_budgets import in_smaller_chunks, pairs_that_fit, plan_in_the_rest, too_small
 from hetero_attn.planning.draft_checks import (
     NAMED,
-    STATES_REMEMBER,
     named_as_drafter,
     other_vocabulary,
-    refuse_states,
     sizes_differ,
 )
 from hetero_attn.planning.fitting import settle_or_suggest
@@ -58,9 +56,7 @@ class Drafted:
     @property
     def why_off(self) -> str:
         """Why nobody drafts; empty where somebody does."""
-        if self.wish == "off":
-            return "speculate is off"
-        return STATES_REMEMBER if self.wish == "auto" and self.planned.plan.workload.states else ""
+        return "speculate is off" if self.wish == "off" else ""
 
     @property
     def step_share(self) -> float:
@@ -107,7 +103,6 @@ def settle_drafted(
     """
     asked = ask(wishes)
     wish = asked.policy.speculate
-    refuse_states(wish, bool(asked.workload.states))
     if wish in SPECULATIONS:
         drafted = Drafted(settle_alone(wishes, asked))
         return drafted if drafted.why_off else _together(asked, None, drafted.planned)
@@ -140,8 +135,8 @@ def _refuse_stranger(own: Asked, asked: Asked) -> None:
         raise other_vocabulary(own.workload.model, asked.workload.model, sizes_differ(*sizes))
     if own.workload.states:
         raise UnsupportedModelError(
-            f"{NAMED} {own.workload.model}, which has layers whose state cannot forget a wrong draft; give a model of "
-            "attention layers"
+            f"{NAMED} {own.workload.model}, which has layers whose state cannot forget several steps of wrong drafts; "
+            "give a model of attention layers"
         )
 
 

@@ -15,7 +15,6 @@ from placement.policy.fields import SPECULATIONS
 
 NAMED = "speculate: the drafter"  # how an error about it begins
 READING = (CheckpointError, UnsupportedModelError, ConfigError)  # what reading a model's files may raise
-STATES_REMEMBER = "the model has layers whose state cannot forget a wrong draft"
 
 
 @contextmanager
@@ -59,12 +58,6 @@ def refuse_head(options: LoadOptions, config: ModelConfig) -> None:
             f"{options.model} is a head that drafts for a larger model and says nothing by itself; load that model, "
             f"with speculate={str(options.model)!r}"
         )
-
-
-def refuse_states(wish: str, has_states: bool) -> None:
-    """Raise UnsupportedModelError where drafts were asked for by name and the model cannot take them back."""
-    if has_states and wish not in ("off", "auto"):
-        raise UnsupportedModelError(f"speculate is {wish!r}, but {STATES_REMEMBER}; leave it off")
 
 
 def other_vocabulary(name: str, target: str, why: str) -> UnsupportedModelError:

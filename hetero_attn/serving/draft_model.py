@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from hetero_attn.cache.pool import SequenceState
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.greatest import greatest
-from hetero_attn.ops.step import Rows
+from hetero_attn.ops.step_rows import Rows
 from hetero_attn.speculation.drafter import passes
 from hetero_attn.speculation.speculator import Asked
 

@@ -25,15 +25,14 @@ def load_speculator(
 ) -> Speculator | None:
     """Who drafts for a model that is loaded, None for nobody; what fails closes its engine.
 
-    opening: the model's tokenizer. Raises UnsupportedModelError where drafts cannot be taken back, and for a draft
-    model of another vocabulary.
+    opening: the model's tokenizer. Raises UnsupportedModelError for a draft model of another vocabulary.
     """
     try:
         model = None
         if drafted.draft is not None:
             with named_as_drafter(drafted.wish):
                 model = _load_draft_model(drafted, engine, options, opening)
-        speculator = make_speculator(drafted.wish, bool(engine.kv_cache.states), engine.report, model)
+        speculator = make_speculator(drafted.wish, engine.report, model)
         if speculator is not None and options.progress:
             drafter_note(NGRAMS if drafted.draft is None else drafted.draft.plan.model)
         return speculator

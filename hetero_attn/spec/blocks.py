@@ -55,9 +55,11 @@ class KvState:
 
 @dataclass(frozen=True, slots=True)
 class FixedState:
-    """float32 values of this shape for every sequence, however long it is; zeros at its start."""
+    """float32 values of this shape for every sequence, however long it is; zeros at its start. draft_features: as of
+    `StateShard`."""
 
     shape: tuple[int, ...]
+    draft_features: int = 0
 
     @property
     def bytes_per_sequence(self) -> int:

@@ -9,10 +9,10 @@ from hetero_attn.spec.blocks import FLOAT32_BYTES, FixedState, KvState, ModelSpe
 from hetero_attn.spec.buffers import ActivationWidths
 from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
 from placement.plan.shards import KvShard, LinearShard, StateShard
-from placement.plan.workload import Workload, round_up
+from placement.plan.workload import DRAFTED_ROWS, Workload, round_up
 
 TABLE_ALIGN_BYTES = 64
-LOGITS_ROWS = 16  # rows of logits computed at once when a prompt's every position is asked for
+LOGITS_ROWS = DRAFTED_ROWS  # computed at once, also when a prompt's every position is asked for
 
 
 def natural_kv_dtype(weight_dtype: str) -> str:
@@ -114,7 +114,7 @@ def _tables_bytes(kv: tuple[KvShard, ...], sizes: Sizes, has_states: bool) -> in
 
 def _state_shards(model: ModelSpec) -> tuple[StateShard, ...]:
     return tuple(
-        StateShard(f"layers.{block.layer}.state", block.layer, block.state.shape)
+        StateShard(f"layers.{block.layer}.state", block.layer, block.state.shape, block.state.draft_features)
         for block in model.blocks
         if isinstance(block.state, FixedState)
     )

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hetero_attn.planning.draft_checks import STATES_REMEMBER, refuse_states
 from hetero_attn.planning.guesses import MODEL_GUESSES
 from hetero_attn.speculation.drafter import Asked, Drafter, DraftingModel, Kind, NgramDrafter, Sorting
 from hetero_attn.speculation.width import HOPED, PassCosts, Share, Width
@@ -205,18 +204,6 @@ class Speculator:
         return f"{what}: {state.acceptance:.0%} of {kind.name} are right, {wide} rows take {ratio:.2f} x {rows}{later}"
 
 
-def make_speculator(
-    wish: str, has_fixed_states: bool, report: DraftReport, model: DraftingModel | None = None
-) -> Speculator | None:
-    """The speculator of a load; None where nothing is drafted.
-
-    has_fixed_states: a layer keeps a state that has taken in a token for good, so that a draft cannot be taken back.
-    model: the one that drafts, where `wish` names one. Raises UnsupportedModelError where drafts were asked for by
-    name.
-    """
-    if wish == "auto" and has_fixed_states:
-        report.decided(f"no drafts: {STATES_REMEMBER}", "states remember")
-    if wish == "off" or (wish == "auto" and has_fixed_states):
-        return None
-    refuse_states(wish, has_fixed_states)
-    return Speculator(report, model=model)
+def make_speculator(wish: str, report: DraftReport, model: DraftingModel | None = None) -> Speculator | None:
+    """The speculator of a load; None where nothing is drafted. model: the one that drafts, where `wish` names one."""
+    return None if wish == "off" else Speculator(report, model=model)

@@ -211,7 +211,8 @@ def stage_cost(
 def small_ops_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gpu: bool) -> float:
     """Norms, rotary embedding, activation functions: their calls, and all linears' rows in and out moved once more."""
     moved = BYTES_PER_ACTIVATION * call.rows * workload.layer_features
-    moved += 2 * call.sequences * sum(state.bytes_per_sequence for state in workload.states)
+    ways = 4 if call.drafts else 2  # of a state: drafts that are right are taken in behind the pass
+    moved += ways * call.sequences * sum(state.bytes_per_sequence for state in workload.states)
     calls = workload.small_calls or SMALL_CALLS_PER_LAYER_ON_CPU * workload.num_layers
     if on_gpu:
         calls += (SMALL_CALLS_PER_LAYER_ON_GPU - SMALL_CALLS_PER_LAYER_ON_CPU) * workload.num_layers

@@ -138,11 +138,16 @@ class KvShard:
 
 @dataclass(frozen=True, slots=True)
 class StateShard:
-    """What one layer keeps of a sequence, however long that is: float32 values of this shape, beside the residual."""
+    """What one layer keeps of a sequence, however long that is: float32 values of this shape, beside the residual.
+
+    draft_features: numbers of a row that was a draft, by which the state moves on once it is right; 0 where none may
+    be.
+    """
 
     name: str
     layer: int
     shape: tuple[int, ...]
+    draft_features: int = 0
 
     @property
     def bytes_per_sequence(self) -> int:

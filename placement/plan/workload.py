@@ -26,6 +26,8 @@ STAGING_PIECE_BYTES = 8 * 2**20
 # batch then takes it twice as long; and they take DRAM from the CPU lane.
 MOST_INSERTS = 2
 
+DRAFTED_ROWS = 16  # of a pass, with drafts, however few sequences there are
+
 ROW_TIER_LIMITS = (1, 4, 16, 64)
 NUM_ROW_TIERS = len(ROW_TIER_LIMITS) + 1
 ROW_TIER_NAMES = ("1", "2-4", "5-16", "17-64", "65+")
@@ -208,8 +210,23 @@ class Workload:
 
     @property
     def state_bytes(self) -> int:
-        """States of all sequences: in GPU memory whenever there is a GPU."""
-        return self.max_batch * sum(shard.bytes_per_sequence for shard in self.states)
+        """States of all sequences, and what drafts leave: in GPU memory whenever there is a GPU."""
+        return self.max_batch * sum(shard.bytes_per_sequence for shard in self.states) + self.draft_bytes
+
+    @property
+    def draft_rows(self) -> int:
+        """The most rows of a pass with drafts of a model with states; 0 where it may have none."""
+        may_draft = self.states and all(shard.draft_features for shard in self.states)
+        return max(DRAFTED_ROWS, self.max_batch) if may_draft else 0
+
+    @property
+    def draft_bytes(self) -> int:
+        """What such a pass leaves: its rows, their ids, and a state of each sequence in one layer after the other."""
+        if not self.draft_rows:
+            return 0
+        features = sum(shard.draft_features for shard in self.states)
+        spare = self.max_batch * max(shard.bytes_per_sequence for shard in self.states)
+        return self.draft_rows * (4 * features + 8) + spare
 
     @property
     def prefix_state_bytes(self) -> int:

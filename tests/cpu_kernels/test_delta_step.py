@@ -3,15 +3,17 @@
 import pytest
 import torch
 
+from cpu_kernels.contract import DeltaStates
+from gpu_kernels import reference
 from tests.support.cpu_oracles import ISAS, guarded, kernels, nmse, only_inside_written
-from tests.support.delta_cases import EXACT, SHAPES, Case, drawn, oracle
+from tests.support.delta_cases import EXACT, SHAPES, Case, check_drafts, drawn, oracle
 
 
 def stepped(shape, case, isa=None, threads=2):
     """(out, states, the memory around out) of the kernel."""
     states = case.states.clone()
     out, memory = guarded(len(case.ids), shape.value_heads * shape.value_dim)
-    kernels(isa, threads).delta_step(case.projected, case.gates, case.rule, states, case.ids, out)
+    kernels(isa, threads).delta_step(case.projected, case.gates, case.rule, DeltaStates(states), case.ids, out)
     return out, states, memory
 
 
@@ -53,12 +55,22 @@ def test_tokens_at_once_are_tokens_one_by_one():
     assert torch.equal(torch.stack(rows), out) and torch.equal(kept, states)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_drafts_leave_states_as_they_are(shape, isa):
+    check_drafts(kernels(isa, 2).delta_step, shape)
+
+
+def test_drafts_of_the_reference():
+    check_drafts(reference.delta_step, SHAPES[1])
+
+
 def test_a_recorded_step_reads_ids_and_states_when_it_runs():
     shape = SHAPES[1]
     case, ops = drawn(shape, [3, 1]), kernels()
     states, ids = case.states.clone(), torch.tensor([0, 0])
     out = torch.zeros(2, shape.value_heads * shape.value_dim)
-    program = ops.record(lambda: ops.delta_step(case.projected, case.gates, case.rule, states, ids, out))
+    program = ops.record(lambda: ops.delta_step(case.projected, case.gates, case.rule, DeltaStates(states), ids, out))
     assert torch.equal(states, case.states)
     ids.copy_(case.ids)
     program.run()
@@ -106,9 +118,18 @@ def test_gates_of_any_size(gate):
 
 @pytest.mark.parametrize("ids", [[0, 4], [-1, 0]])
 def test_a_sequence_without_a_state_is_named(ids):
+    """A draft's too, where no spare state is given."""
     case = drawn(SHAPES[1], ids)
-    with pytest.raises(ValueError, match=r"ids must lie in 0\.\.3"):
+    with pytest.raises(ValueError, match=r"ids must lie in 0\.\.3, the rows of states$"):
         stepped(SHAPES[1], case)
+
+
+def test_a_draft_without_a_state_is_named():
+    case = drawn(SHAPES[1], [0, ~4])
+    with pytest.raises(ValueError, match=r"~id of a draft with an id in 0\.\.2"):
+        kernels().delta_step(
+            *case._replace(states=DeltaStates(case.states, case.states[:3].clone())), torch.zeros(2, 120)
+        )
 
 
 def test_no_rows_are_nothing():

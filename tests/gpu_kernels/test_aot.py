@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpu_kernels.contract import ChunkKeys, DeltaRule, Pages, Partial, Picks, Rotation, RowKeys
+from cpu_kernels.contract import ChunkKeys, DeltaRule, DeltaStates, Pages, Partial, Picks, Rotation, RowKeys
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -145,7 +145,9 @@ def delta_step(per_key: int, rows: int = 1, key_dim: int = 128, value_dim: int =
     rule = DeltaRule(empty(features, 4).T, empty(heads), empty(heads), empty(value_dim), 1e-6)
     projected, gates = empty(rows, 16, 2 * sum(sizes)), empty(rows, 2 * heads)
     states, ids = empty(4, heads * key_dim * value_dim + 3 * features), empty(rows, dtype=torch.int64)
-    return lambda: gpu_kernels.delta_step(projected, gates, rule, states, ids, empty(rows, heads * value_dim))
+    return lambda: gpu_kernels.delta_step(
+        projected, gates, rule, DeltaStates(states), ids, empty(rows, heads * value_dim)
+    )
 
 
 LESS_USUAL = sorted(set(WHOLE_FORMS) - {"q4", "q8", "mxfp4", "q4_k", "q6_k"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpu_kernels.contract import DeltaRule, Pages, Partial, RowKeys
+from cpu_kernels.contract import DeltaRule, DeltaStates, Pages, Partial, RowKeys
 from tests.support.delta_cases import EXACT, PUBLISHED, drawn, oracle
 from tests.support.kernel_data import boundary_adversarial, lse_error, nmse, oracle_decode, paged_cache
 
@@ -49,10 +49,10 @@ def test_a_captured_delta_step_follows_ids_and_states():
     rule = DeltaRule(*(part.cuda() if isinstance(part, torch.Tensor) else part for part in case.rule))
     projected, gates, states, ids = (part.cuda() for part in (case.projected, case.gates, case.states, case.ids))
     out = torch.empty(3, PUBLISHED.value_heads * PUBLISHED.value_dim, device="cuda")
-    gpu_kernels.delta_step(projected, gates, rule, states, ids, out)  # compiles, which a capture may not
+    gpu_kernels.delta_step(projected, gates, rule, DeltaStates(states), ids, out)  # compiles, which a capture may not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        gpu_kernels.delta_step(projected, gates, rule, states, ids, out)
+        gpu_kernels.delta_step(projected, gates, rule, DeltaStates(states), ids, out)
     states.copy_(case.states)
     for order in ([2, 0, 1], [0, 3, 2], [1, 1, 1], [3, 0, 3]):
         ids.copy_(torch.tensor(order))

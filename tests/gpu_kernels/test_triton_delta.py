@@ -5,8 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cpu_kernels.contract import DeltaStates
 from tests.support.cpu_oracles import kernels, nmse
-from tests.support.delta_cases import EXACT, PUBLISHED, SHAPES, Case, Shape, check_delta_step, drawn, oracle, stepped
+from tests.support.delta_cases import (
+    EXACT,
+    PUBLISHED,
+    SHAPES,
+    Case,
+    Shape,
+    check_delta_step,
+    check_drafts,
+    drawn,
+    oracle,
+    stepped,
+)
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
@@ -77,6 +89,11 @@ def test_tokens_at_once_are_tokens_one_by_one(device):
     assert torch.equal(torch.stack(rows), out) and torch.equal(kept, states)
 
 
+@pytest.mark.parametrize("shape", (SHAPES[1], SMALL))
+def test_drafts_leave_states_as_they_are(device, shape):
+    check_drafts(delta_step, shape, device)
+
+
 @pytest.mark.parametrize("gate", [-200.0, -30.0, -6.0, 0.0, 30.0, 200.0])
 def test_gates_of_any_size(device, gate):
     """Softplus and sigmoid neither overflow nor lose what is left of them."""
@@ -125,7 +142,7 @@ WRONG = {
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_shapes_are_named(device, words):
     case = WRONG[words](drawn(SMALL, [0, 1]))
-    tensors = [part.to(device) for part in (case.states, case.ids)]
+    tensors = DeltaStates(case.states.to(device)), case.ids.to(device)
     out = torch.zeros(2, SMALL.value_heads * SMALL.value_dim, device=device)
 
     with pytest.raises(AssertionError, match=words):

@@ -17,7 +17,7 @@ from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.lanes.flag_handover import FlagHandover
 from hetero_attn.lanes.handover import EventHandover
 from hetero_attn.lanes.lanes import Lanes
-from hetero_attn.ops.step import Rows
+from hetero_attn.ops.step_rows import Rows
 from hetero_attn.spec.blocks import BufferSet
 from hetero_attn.spec.buffers import ActivationWidths
 from placement.plan.plan import Plan

@@ -10,7 +10,8 @@ from hetero_attn.cache.stream import PageStream
 from hetero_attn.devices import Device, EmulatedDriver
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.ops.older_pages import older_blocks
-from hetero_attn.ops.step import Rows, make_step
+from hetero_attn.ops.step import make_step
+from hetero_attn.ops.step_rows import Rows
 from placement import HardwareProfile
 from placement.cost.attention import attention_cost
 from placement.cost.terms import Call

@@ -180,11 +180,11 @@ def one_row_late(cache, work):
         yield rows + 1, place
 
 
-kept_states = steps._kept_states
+kept_states = steps.kept_states
 
 
 def test_planted_bug_a_state_of_one_token_more_is_caught(path, monkeypatch):
-    monkeypatch.setattr(steps, "_kept_states", one_row_late)
+    monkeypatch.setattr(steps, "kept_states", one_row_late)
     prompt = [*SYSTEM, *ASKED]
     with load(path) as llm:
         begun, (found,) = continued(llm, prompt)

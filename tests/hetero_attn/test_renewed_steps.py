@@ -9,7 +9,8 @@ from hetero_attn.cache.pages import PagedStore
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.replays.renewal import Renewal
 from hetero_attn.engine.replays.replay import own_copy
-from hetero_attn.ops.step import Rows, Step, make_step
+from hetero_attn.ops.step import Step, make_step
+from hetero_attn.ops.step_rows import Rows
 from tests.support.runtime import cpu_plan, make_engine, toy_workload
 from tests.support.toy import make_checkpoint
 

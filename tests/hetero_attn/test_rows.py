@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from hetero_attn import LLM, Policy, SamplingParams
 from hetero_attn.engine.timed_steps import fill
-from hetero_attn.ops.step import Rows
+from hetero_attn.ops.step_rows import Rows
 from tests.support.few_examples import drawn
 from tests.support.runtime import THREADS, cpu_plan, make_engine, nmse, run_logits, toy_workload, uniform_plan
 from tests.support.toy import make_checkpoint

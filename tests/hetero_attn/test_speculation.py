@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hetero_attn import LLM, Policy, SamplingParams
 from hetero_attn.engine.lane_report import LaneReport
-from hetero_attn.errors import ArgumentError, UnsupportedModelError
+from hetero_attn.errors import ArgumentError
 from hetero_attn.serving.scheduling import scheduler
 from hetero_attn.serving.scheduling.scheduler import Scheduler
 from hetero_attn.speculation.oracle import TwinDrafter
@@ -271,7 +271,4 @@ def test_what_cannot_be_speculated_is_named(path):
     with pytest.raises(ArgumentError, match="speculate is 'banana'.*off, ngram, auto"):
         LLM(path, speculate="banana")
     report = LaneReport()
-    assert make_speculator("off", False, report) is None and not report.drafts.reason
-    assert make_speculator("auto", True, report) is None and "cannot forget" in report.table()
-    with pytest.raises(UnsupportedModelError, match="cannot forget"):
-        make_speculator("ngram", True, report)
+    assert make_speculator("off", report) is None and not report.drafts.reason

@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.devices import Device, EmulatedDriver
 from hetero_attn.lanes.tables import LAYOUTS, StepTables
-from hetero_attn.ops.step import Rows, make_step
+from hetero_attn.ops.step import make_step
+from hetero_attn.ops.step_rows import Rows
 from tests.support.runtime import make_engine, toy_workload, uniform_plan
 from tests.support.toy import make_checkpoint
 

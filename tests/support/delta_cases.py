@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import silu, softplus
 
-from cpu_kernels.contract import DeltaRule
+from cpu_kernels.contract import DeltaRule, DeltaStates
 from tests.support.cpu_oracles import guarded, nmse, only_inside_written
 
 EXACT = 1e-11  # NMSE of float32 arithmetic
@@ -128,9 +128,8 @@ def stepped(
     out, states = around[:, 16 : 16 + features], around_states[:, 16 : 16 + shape.state_size]
     states.copy_(case.states)
     conv = case.rule.conv.T.contiguous().T if by_feature else case.rule.conv
-    rule = DeltaRule(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in case.rule))
-    rule = rule._replace(conv=conv.to(device))
-    op(case.projected.to(device), case.gates.to(device), rule, states, case.ids.to(device), out)
+    rule = _on(case.rule, device)._replace(conv=conv.to(device))
+    op(case.projected.to(device), case.gates.to(device), rule, DeltaStates(states), case.ids.to(device), out)
 
     assert only_inside_written(around.cpu()) and only_inside_written(around_states.cpu())
     return out.cpu(), states.cpu()
@@ -146,3 +145,32 @@ def check_delta_step(op: Callable[..., None], device: str, shape: Shape, ids: Se
 
     assert nmse(out, expected) <= EXACT and nmse(states, after) <= EXACT
     assert torch.equal(states[idle], case.states[idle])
+
+
+def check_drafts(op: Callable[..., None], shape: Shape, device: str = "cpu") -> None:
+    """A row and drafts behind it, of two sequences and of one that has none: bits of the same rows without drafts among
+    them, states as the rows before the drafts leave them; and drafts that come again as rows leave what they left."""
+    drafted, plain = drawn(shape, [2, ~2, ~2, ~2, 0, 1, ~1, ~1]), drawn(shape, [2, 2, 2, 2, 0, 1, 1, 1])
+    states, spare = drafted.states.clone().to(device), torch.full_like(drafted.states, torch.nan).to(device)
+    out, after = stepped(op, shape, plain, device)
+    first = torch.tensor([0, 4, 5])
+    _, kept = stepped(op, shape, _rows(plain, first), device)
+    found, rule = torch.zeros(out.shape, device=device), _on(drafted.rule, device)
+    given = drafted.projected.to(device), drafted.gates.to(device)
+    op(*given, rule, DeltaStates(states, spare), drafted.ids.to(device), found)
+
+    assert torch.equal(found.cpu(), out) and torch.equal(states.cpu(), kept)
+    assert torch.equal(spare.cpu()[[1, 2]], after[[1, 2]]) and spare[[0, 3]].isnan().all()
+    for rows in (slice(1, 3), slice(6, 8)):
+        again = torch.zeros(2, out.shape[1], device=device)
+        op(*(part[rows] for part in given), rule, DeltaStates(states), plain.ids[rows].to(device), again)
+        assert torch.equal(again.cpu(), out[rows])
+    assert torch.equal(states.cpu()[1], after[1]) and not torch.equal(states.cpu()[2], after[2])
+
+
+def _on(rule: DeltaRule, device: str) -> DeltaRule:
+    return DeltaRule(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in rule))
+
+
+def _rows(case: Case, rows: torch.Tensor) -> Case:
+    return case._replace(projected=case.projected[rows], gates=case.gates[rows], ids=case.ids[rows])

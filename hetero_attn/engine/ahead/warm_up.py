@@ -10,7 +10,18 @@ from collections.abc import Callable, Collection
 import torch
 
 from cpu_kernels import CpuKernels
-from cpu_kernels.contract import ChunkKeys, DeltaRule, Pages, Partial, Picks, Rotation, Routes, RowKeys, Scoring
+from cpu_kernels.contract import (
+    ChunkKeys,
+    DeltaRule,
+    DeltaStates,
+    Pages,
+    Partial,
+    Picks,
+    Rotation,
+    Routes,
+    RowKeys,
+    Scoring,
+)
 from cpu_kernels.formats import format_of
 from cpu_kernels.formats.pages import row_items
 from cpu_kernels.formats.weights import BLOCK_FEATURES, block_bytes
@@ -138,7 +149,7 @@ def _delta(ops: CpuKernels, delta: DeltaConfig) -> None:
     projected, out = torch.zeros(1, 1, features + heads * value_dim, **FLOAT32), norm.repeat(1, heads)
     gates, matrix = torch.zeros(1, 2 * heads, **FLOAT32), torch.zeros(1, 64 * WIDTH, dtype=torch.uint8, device="cpu")
     ops.linear(torch.zeros(1, WIDTH, **FLOAT32), matrix, "fp32", None, torch.zeros(1, BLOCK_FEATURES, **FLOAT32))
-    ops.delta_step(projected, gates, rule, states, torch.zeros(1, dtype=torch.int64, device="cpu"), out)
+    ops.delta_step(projected, gates, rule, DeltaStates(states), torch.zeros(1, dtype=torch.int64, device="cpu"), out)
 
 
 def _attention(ops: CpuKernels, config: ModelConfig, kv_dtype: str, heads: int, head_dim: int) -> None:

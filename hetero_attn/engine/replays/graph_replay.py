@@ -14,7 +14,7 @@ from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.lanes.recorded_step import RecordedStep
 from hetero_attn.ops.step import Step
 
-Structure = tuple[int, tuple[tuple[bool, bool, bool], ...]]
+Structure = tuple[int, bool, tuple[tuple[bool, bool, bool], ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,10 @@ class GraphReplay:
 
 
 def _structure(step: Step) -> Structure:
-    """What decides which calls a step makes: its rows and which segments there are."""
+    """What decides which calls a step makes: its rows, whether some are drafts, and which segments there are."""
     parts = (part for pool in step.pools for part in pool.parts)
-    return step.rows, tuple((part.host is None, part.recent is None, part.spilled is None) for part in parts)
+    return (
+        step.rows,
+        step.has_drafts,
+        tuple((part.host is None, part.recent is None, part.spilled is None) for part in parts),
+    )

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from cpu_kernels.contract import RowKeys
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.cache.pool import CachePool
-from hetero_attn.ops.step import PoolStep, Rows, Step
+from hetero_attn.ops.step import PoolStep, Step
+from hetero_attn.ops.step_rows import Rows
 
 
 class _PoolArrays:
@@ -46,7 +47,7 @@ class Renewal:
 
     def __init__(self, step: Step) -> None:
         self._token_ids, self._positions = step.token_ids.numpy(), step.positions.host.numpy()
-        ids = step.sequence_ids.host
+        ids, self._has_drafts = step.sequence_ids.host, step.has_drafts
         self._sequence_ids = None if ids is None else ids.numpy()
         self._pools = [_PoolArrays(pool) for pool in step.pools]
 
@@ -63,7 +64,8 @@ class Renewal:
             for position, token_id in enumerate(token_ids, sequence.length):
                 self._token_ids[row], self._positions[row] = token_id, position
                 if self._sequence_ids is not None:
-                    self._sequence_ids[row] = sequence.id
+                    is_draft = self._has_drafts and position > sequence.length
+                    self._sequence_ids[row] = ~sequence.id if is_draft else sequence.id
                 for pool, arrays in zip(cache.pools, self._pools, strict=True):
                     arrays.write(row, pool, sequence.id, position)
                 row += 1

@@ -1,4 +1,4 @@
-"""A decode step on the CPU lane, recorded once for each batch size and replayed for every token.
+"""A decode step on the CPU lane, recorded once for each number of rows and replayed for every token.
 
 A decode step calls the same operations on the same buffers token after token; only the tokens, their positions and the
 page tables differ, and those are read from memory. So the calls are recorded as one program of the
@@ -17,7 +17,10 @@ from cpu_kernels.team.program import Program
 from hetero_attn.cache.cache import KVCache
 from hetero_attn.engine.replays.renewal import Renewal
 from hetero_attn.lanes.activation import Activation
-from hetero_attn.ops.step import PoolStep, Rows, Step
+from hetero_attn.ops.step import PoolStep, Step
+from hetero_attn.ops.step_rows import Rows, has_drafts
+
+Kind = tuple[int, bool]
 
 
 class Recorded(NamedTuple):
@@ -29,34 +32,35 @@ class Recorded(NamedTuple):
 
 
 class DecodeReplay:
-    """Programs of decode steps by batch size. `forward(step)` computes one step, from its tokens or from their embedded
-    rows to the logits."""
+    """Programs of decode steps by rows, and by whether states leave some of them out. `forward(step)` computes one
+    step, from its tokens or from their embedded rows to the logits."""
 
     def __init__(self, ops: CpuKernels, forward: Callable[[Step], None]) -> None:
         self._ops = ops
         self._forward = forward
-        self._recorded: dict[int, Recorded] = {}
+        self._recorded: dict[Kind, Recorded] = {}
 
-    def program(self, rows: int) -> Program:
-        """The recorded step of this batch size; KeyError before its first run."""
-        return self._recorded[rows].program
+    def program(self, rows: int, has_drafts: bool = False) -> Program:
+        """The recorded step of so many rows; KeyError before its first run."""
+        return self._recorded[rows, has_drafts].program
 
     def renewed(self, cache: KVCache, work: Sequence[Rows], rows: int) -> Step | None:
         """The recorded step of so many rows, which attend one by one, with what `make_step` would say of this work;
         None before there is one. The next call, or the next step of as many rows, writes over it."""
-        recorded = self._recorded.get(rows)
+        recorded = self._recorded.get((rows, has_drafts(cache, work, rows)))
         if recorded is None:
             return None
         recorded.renewal.write(cache, work)
         return recorded.step
 
     def run(self, step: Step) -> None:
-        """Compute a decode step; records its batch size when it is new."""
-        recorded = self._recorded.get(step.rows)
+        """Compute a decode step; records it when its kind is new."""
+        kind = step.rows, step.has_drafts
+        recorded = self._recorded.get(kind)
         if recorded is None:
             own = own_copy(step)
             program = self._ops.record(lambda: self._forward(own))
-            recorded = self._recorded[step.rows] = Recorded(own, Renewal(own), program)
+            recorded = self._recorded[kind] = Recorded(own, Renewal(own), program)
         if recorded.step is not step:
             refresh(recorded.step, step)
             recorded.renewal.forget()

@@ -11,7 +11,7 @@ import torch
 
 from hetero_attn.cache.pool import SequenceState
 from hetero_attn.engine.engine import Engine
-from hetero_attn.ops.step import Rows
+from hetero_attn.ops.step_rows import Rows
 
 FEW_ROWS = 8  # rows that are computed with the next draft; more of them are taken in as a chunk before
 MOST_WAITING = 32  # rows, while nobody asks for drafts: a chunk of many takes about as long as one of few

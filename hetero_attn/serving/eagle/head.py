@@ -14,7 +14,7 @@ from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.greatest import greatest
 from hetero_attn.errors import CheckpointError
-from hetero_attn.ops.step import Rows
+from hetero_attn.ops.step_rows import Rows
 from hetero_attn.serving.eagle.drafter import EagleDrafter, pairs
 from hetero_attn.spec.config import ModelConfig, tensor_names
 from hetero_attn.speculation.drafter import passes

@@ -26,7 +26,7 @@ import torch
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.greatest import LogitsRows
 from hetero_attn.errors import HeteroError
-from hetero_attn.ops.step import Rows
+from hetero_attn.ops.step_rows import Rows
 from hetero_attn.serving.request import Request
 from hetero_attn.serving.scheduling.chunks import Chunks, PromptChunks
 from hetero_attn.speculation.forced import forced_drafts
@@ -114,7 +114,7 @@ class Scheduler:
         decoding, chunks = self._chunks.shared_out(decoding, self._running, len(self._waiting))
         for request in (*decoding, *chunks):
             self._settle(request)
-        self._begun = (*decoding, *chunks) if self._engine.kv_cache.states else ()
+        self._begun = tuple(self._running) if self._engine.kv_cache.states else ()
         reads = self.speculator is not None and self.speculator.reads
         before = {request: request.cached_tokens for request in (*decoding, *chunks)} if reads else {}
         if chunks:
@@ -140,11 +140,10 @@ class Scheduler:
         return self.speculator.reusable(token_ids, self._engine.kv_cache.stored(token_ids[:-1]))
 
     def _begin_anew(self) -> None:
-        """Put back those of a step that did not end: their states have taken in what it computed, or a part of it, and
-        cannot go back."""
-        for request in self._begun:
-            if request in self._running:
-                self._put_back(request)
+        """Put back those who were there in a step that did not end: their states have taken in what it computed, or
+        drafts of the step before, or a part of that, and cannot go back."""
+        for request in [each for each in self._begun if each in self._running]:
+            self._put_back(request)
         self._begun = ()
 
     def _admit(self) -> None:
@@ -237,8 +236,9 @@ class Scheduler:
 
     def _drafts(self, requests: tuple[Request, ...]) -> list[list[int]]:
         """What each request's next tokens may be, or have to be; none without pages for them."""
-        cache, most_rows, pages = self._engine.kv_cache, self._engine.most_single_rows, 0
-        drafts = [[] for _ in requests] if cache.states else forced_drafts(requests, most_rows)  # states forget nothing
+        cache, pages = self._engine.kv_cache, 0
+        most_rows = self._engine.most_single_rows if cache.takes_back else len(requests)
+        drafts = forced_drafts(requests, most_rows)
         if self.speculator is not None:
             drafts = self.speculator.drafts(requests, most_rows, drafts)
         for request, drafted in [pair for pair in zip(requests, drafts, strict=True) if pair[1]]:

@@ -25,8 +25,10 @@ class DeltaDeclaration(Declaration):
     def __init__(self, config: ModelConfig, delta: DeltaConfig, layer: int, formats: WeightFormats) -> None:
         self.layer, self._config, self._delta = layer, config, delta
         self.matrix_size = delta.value_heads * delta.key_dim * delta.value_dim
-        self.state = FixedState((self.matrix_size + (delta.kernel - 1) * delta.conv_width,))
         self.first, self.out = _linears(config, delta, layer, formats)
+        gate_rows = round_up(2 * delta.value_heads, BLOCK_FEATURES)
+        size = self.matrix_size + (delta.kernel - 1) * delta.conv_width
+        self.state = FixedState((size,), self.first.out_features + gate_rows)
         self.linears = (self.first, self.out)
         self.vectors = (
             *norm_vectors(config, "attention_norm", layer),
@@ -34,7 +36,6 @@ class DeltaDeclaration(Declaration):
             Vector("dt_bias", tensor_name("delta", layer, "dt_bias"), delta.value_heads),
             Vector("out_norm", tensor_name("delta_norm", layer), delta.value_dim),
         )
-        gate_rows = round_up(2 * delta.value_heads, BLOCK_FEATURES)
         gates = tuple((tensor_name(part, layer), delta.value_heads) for part in ("delta_b", "delta_a"))
         kernel = ((tensor_name("delta_conv", layer), delta.conv_width),)
         self.matrices = (

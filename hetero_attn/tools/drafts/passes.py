@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.greatest import greatest
 from hetero_attn.engine.timed_steps import fill
-from hetero_attn.ops.step import Rows
+from hetero_attn.ops.step_rows import Rows
 from hetero_attn.planning.settle import PlannedModel
 from placement.cost.drafts import pass_s
 from placement.plan.drafting import expected_tokens

@@ -19,7 +19,8 @@ from hetero_attn.models.decoder import capped, embed
 from hetero_attn.models.workspace import make_buffer, make_workspace
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.ops.run import Run
-from hetero_attn.ops.step import Rows, Step, make_step
+from hetero_attn.ops.step import Step, make_step
+from hetero_attn.ops.step_rows import Rows
 from hetero_attn.spec.buffers import ActivationWidths
 from hetero_attn.spec.experts import ExpertsSpec
 from hetero_attn.spec.weights import LinearSpec, Part

@@ -8,7 +8,7 @@ import torch
 
 from tests.support import kernel_checks as checks
 from tests.support.code_pages import check_rope_append
-from tests.support.delta_cases import Shape, check_delta_step
+from tests.support.delta_cases import Shape, check_delta_step, check_drafts
 
 RMS_NORM = partial(checks.check_rms_norm, device="cpu", rows=2, hidden=100)
 SILU_MUL = partial(checks.check_silu_mul, device="cpu", rows=2, units=3)
@@ -31,6 +31,7 @@ ROPE = partial(
     norms=(True, True),
 )
 DELTA = partial(check_delta_step, device="cpu", shape=Shape(2, 3, 12, 20, 3, True))
+DRAFTS = partial(check_drafts, shape=Shape(2, 3, 12, 20, 3, True))
 SPREAD = partial(check_rope_append, device="cpu", kv_dtype="q4", head_dim=40)
 
 # name: (file, op, check, right text, wrong text)
@@ -157,7 +158,7 @@ MUTANTS = {
         "small/delta_step",
         "delta_step",
         DELTA,
-        "tl.store(kept + (TAPS - 2) * WIDTH, newest, mask=inside)",
+        "tl.store(to + (TAPS - 2) * WIDTH, newest, mask=inside)",
         "tl.debug_barrier()",
     ),
     "kept inputs do not move": (
@@ -180,6 +181,21 @@ MUTANTS = {
         DELTA,
         "unit + 2 * KEY_DIM + value * VALUE_DIM",
         "unit + 2 * KEY_DIM",
+    ),
+    "a draft that its sequence takes in": ("small/delta_step", "delta_step", DRAFTS, "to = beside", "to = state"),
+    "a draft that goes on from in front of the one before": (
+        "small/delta_step",
+        "delta_step",
+        DRAFTS,
+        "        state = to\n",
+        "",
+    ),
+    "inputs of a draft that its sequence keeps": (
+        "small/delta_step",
+        "delta_step",
+        DRAFTS,
+        "state + matrices, to + matrices",
+        "state + matrices, state + matrices",
     ),
     "queries that are not scaled": ("small/delta_step", "delta_step", DELTA, "axis=0) * scale", "axis=0)"),
     "lengths over the padded key": ("small/delta_step", "delta_step", DELTA, "pair % KEY_PAD < KEY_DIM", "pair >= 0"),

@@ -52,7 +52,7 @@ def test_forced_tokens_share_passes_and_change_nothing(exact, monkeypatch, sampl
     """The oracle is the same model without them, token by token."""
     params = SamplingParams(**{"json_schema": KEYS, "max_tokens": 120, "temperature": 0.0} | sampling)
     plain, prompts = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True), ["A thing:", "Q", "A list is"]
-    monkeypatch.setattr(exact._scheduler, "speculator", make_speculator(speculate, False, exact.report()))
+    monkeypatch.setattr(exact._scheduler, "speculator", make_speculator(speculate, exact.report()))
     each = [params, params, plain]
     outputs, steps = passes_of(exact, prompts, each)
     forced, counted = exact.report().forced_tokens, exact.report().phases["decode"].tokens
@@ -136,7 +136,7 @@ def test_a_seed_gives_the_same_answer_however_it_is_computed(exact, monkeypatch,
     params = [SamplingParams(**kind, **more, seed=4 + n) for n, kind in enumerate(kinds)]
     prompts = ["A list is", "A list is not", "A thing:"]
     alone = [exact.generate(prompt, wish)[0] for prompt, wish in zip(prompts, params, strict=True)]
-    monkeypatch.setattr(exact._scheduler, "speculator", make_speculator("ngram", False, exact.report()))
+    monkeypatch.setattr(exact._scheduler, "speculator", make_speculator("ngram", exact.report()))
     same_answers(exact.generate(prompts, params), alone)
     with load_tiny(dtype="fp32", batch=3, context=192, kv_tokens=192) as small:
         requests = [small.add(prompt, wish) for prompt, wish in zip(prompts, params, strict=True)]
