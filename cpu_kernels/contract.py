@@ -284,9 +284,9 @@ class Ops(Protocol):
         projected: [rows, key_heads, unit_features], a unit being a query, a key, the values of its value heads, their
         gates and padding. gates: [rows, 2 * value_heads or more], before sigmoids the strengths, then what decays are
         made of. states: written, of a sequence the matrices [value_heads, key_dim, value_dim], then the taps - 1 newest
-        inputs of the convolution. ids: int64 [rows], of
-        each row its sequence, or ~sequence of a draft; trusted on a GPU. Rows of a sequence are taken in their order,
-        drafts last and side by side. out: [rows, value_heads * value_dim], written.
+        inputs of the convolution. ids: int64 [rows], of each row its sequence, or ~sequence of a draft; trusted on a
+        GPU. Rows of a sequence are taken in their order, drafts last and side by side. out: [rows, value_heads *
+        value_dim], written.
         """
 
     def add_sinks(self, sinks: Tensor, into: Partial) -> None:

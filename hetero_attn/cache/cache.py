@@ -186,14 +186,16 @@ class KVCache:
         """
         if self._tree is None:
             return 0
-        for pool, pages in zip(self.pools, self._tree.pages(token_ids), strict=True):
+        prefix = self._tree.find(token_ids)
+        for pool, pages in zip(self.pools, prefix.pages, strict=True):
             pool.share(sequence.id, pages)
-        sequence.length = self._tree.match(token_ids)
+        sequence.length = prefix.tokens
         if self.prefix_states:
-            self._tree.restore(sequence.id, token_ids)
+            if prefix.end is not None:
+                self.prefix_states.restore(sequence.id, prefix.end)
             size = self._plan.page_size
             last = len(token_ids) // size * size
-            for length in (last, last - size, self._tree.alike(token_ids)):
+            for length in (last, last - size, prefix.shared_tokens):
                 self.keep_state(sequence, length)
         return sequence.length
 

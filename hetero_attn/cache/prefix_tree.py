@@ -8,10 +8,26 @@ where one was kept.
 """
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 from hetero_attn.cache.pages import Node, Page
 from hetero_attn.cache.pool import CachePool
 from hetero_attn.cache.prefix_states import PrefixStates
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What is stored of a sequence's first tokens.
+
+    tokens: how many those are, in whole pages. pages: of each pool, what a next token would see of them. shared_tokens:
+    how many others had too, in whole pages, stored or not: where prompts part. end: the node behind the last of
+    `tokens`, None where there are none.
+    """
+
+    tokens: int
+    pages: list[list[Page]]
+    shared_tokens: int
+    end: Node | None
 
 
 class PrefixTree:
@@ -28,24 +44,16 @@ class PrefixTree:
         """How many leading tokens are stored, in whole pages; looks only, takes nothing."""
         return self._usable(self._path(token_ids)) * self._page_size
 
-    def pages(self, token_ids: Sequence[Hashable]) -> list[list[Page]]:
-        """The pages, by pool, of the leading tokens that `match` counts."""
+    def find(self, token_ids: Sequence[Hashable]) -> Prefix:
+        """What is stored of these tokens; looks only, takes nothing."""
         path = self._path(token_ids)
         count = self._usable(path)
-        return [
+        pages = [
             [node.pages[index] for node in path[self._first_page(pool, count) : count]]
             for index, pool in enumerate(self._pools)
         ]
-
-    def alike(self, token_ids: Sequence[Hashable]) -> int:
-        """How many leading tokens other sequences had too, in whole pages, stored or not: where prompts part."""
-        return len(self._path(token_ids)) * self._page_size
-
-    def restore(self, sequence_id: int, token_ids: Sequence[Hashable]) -> None:
-        """Begin a sequence with the states kept behind the leading tokens that `match` counts, if it counts any."""
-        path = self._path(token_ids)
-        if count := self._usable(path):
-            self._states.restore(sequence_id, path[count - 1])
+        size = self._page_size
+        return Prefix(count * size, pages, len(path) * size, path[count - 1] if count else None)
 
     def remember(self, sequence_id: int, token_ids: Sequence[Hashable]) -> None:
         """Note the pages that a sequence holds of its first tokens, which must all be stored."""
