@@ -130,7 +130,7 @@ def neighbour_errors(run: Run) -> tuple[float, ...]:
     found = []
     for before, after in pairwise((torch.zeros_like(run.residuals[0]), *run.residuals)):
         larger = torch.maximum(before.abs(), after.abs())
-        spacing = torch.nextafter(larger, torch.tensor(math.inf)) - larger
+        spacing = torch.nextafter(larger, torch.full_like(larger, math.inf)) - larger
         found.append(_relative(2 * spacing, torch.zeros_like(spacing), after - before) / len(run.token_ids))
     return (*found, 0.0)
 

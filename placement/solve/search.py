@@ -65,11 +65,11 @@ def candidates(problems: Sequence[Problem], below_s: float = inf) -> list[Candid
     fitting += _with_other_chunks(problems, fitting)
     at_home = fastest_first(fitting)[:MOST_TRANSFERRED]
     fitting += map(with_room_used, at_home[:MOST_WITH_ROOM])
-    in_slots: list[Candidate] = []
+    by_expert_slots: list[Candidate] = []
     for share in SHARES:
         slotted = [other for each in at_home if (other := in_expert_slots(each, share)) is not None]
-        in_slots += [*slotted, *map(with_streams_in_few_layers, fastest_first(slotted)[:1])]
-    fitting += [*in_slots, *in_best_number(in_slots)]
+        by_expert_slots += [*slotted, *map(with_streams_in_few_layers, fastest_first(slotted)[:1])]
+    fitting += [*by_expert_slots, *in_best_number(by_expert_slots)]
     return fastest_first(fitting or too_large)
 
 
