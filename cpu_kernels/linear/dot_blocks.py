@@ -60,12 +60,12 @@ class Line(NamedTuple):
 def line_of(isa: Isa, weight_dtype: str, tile: int) -> Line:
     """fp32, fp16: 16 weights and inputs; bf16: 32, widened in two lines where the CPU cannot multiply bf16.
 
-    tile: rows of a kernel's largest. On 256 bits a kernel of one row widens inputs in its loop, where memory leaves it
-    time: 8192 of them, widened, are as large as the first level.
+    tile: rows of a kernel's largest. On x86 a kernel of one row widens inputs in its loop, where memory leaves it time:
+    8192 of them, widened, are as large as the first level.
     """
     if weight_dtype in ("fp32", "fp16"):
         return Line(16, 4 if weight_dtype == "fp32" else 2, 64)
-    return Line(32, 2, 64 if isa.has_bf16 or isa.has_avx2 and tile == 1 else 128)
+    return Line(32, 2, 64 if isa.has_bf16 or tile == 1 and (isa.has_avx2 or isa.has_avx512) else 128)
 
 
 def products_of(isa: Isa, weight_dtype: str, shape: Line):
