@@ -8,11 +8,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-import hetero_attn.lanes.staging
-from cpu_kernels.contract import Partial
-from gpu_kernels import reference
-from hetero_attn.cache.pool import CachePool
 from tests.support.few_examples import drawn
+from tests.support.placement_bugs import PLANTED
 from tests.support.runtime import (
     cpu_plan,
     make_engine,
@@ -132,48 +129,8 @@ def test_without_a_planted_bug_the_spilling_plan_is_right(runs):
     assert _spilling_error(runs["bf16"]) <= LIMITS["bf16"]
 
 
-def test_planted_bug_token_dropped_at_the_boundary_is_caught(runs, monkeypatch):
-    """The boundary is one token further than the pages that were moved: a token is in neither segment."""
-    original = CachePool.boundary
-    monkeypatch.setattr(CachePool, "boundary", lambda self, slot: (at := original(self, slot)) + (at > 0))
-
-    assert _spilling_error(runs["bf16"]) > 10 * LIMITS["bf16"]
-
-
-def test_planted_bug_base_two_lse_is_caught(runs, monkeypatch):
-    """One side's partial carries a base-2 lse into a merge by natural logarithms."""
-    for name in ("decode_attention", "prefill_attention"):
-        original = getattr(reference, name)
-
-        def base_two(*arguments, original=original):
-            original(*arguments)
-            next(each for each in arguments if isinstance(each, Partial)).lse.mul_(1.4426950408889634)
-
-        monkeypatch.setattr(reference, name, base_two)
-
-    assert _spilling_error(runs["bf16"]) > 10 * LIMITS["bf16"]
-
-
-def test_planted_bug_average_instead_of_merge_is_caught(runs, monkeypatch):
-    def average(partials, into):
-        into.out.copy_(torch.stack([partial.out for partial in partials]).mean(0))
-
-    monkeypatch.setattr(reference, "merge", average)
-
-    assert _spilling_error(runs["bf16"]) > 10 * LIMITS["bf16"]
-
-
-def test_planted_bug_stale_staging_buffer_is_caught(runs, monkeypatch):
-    """Every fifth copy into the ring is lost, so a linear reads the piece that was there before."""
-    original, count = hetero_attn.lanes.staging.StagingRing._fill, iter(range(10**9))
-
-    def lossy(self, slot):
-        copy = self.device.copy
-        if next(count) % 5 == 4:
-            self.device.copy = lambda *arguments: None
-        original(self, slot)
-        self.device.copy = copy
-
-    monkeypatch.setattr(hetero_attn.lanes.staging.StagingRing, "_fill", lossy)
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_caught(runs, monkeypatch, bug):
+    PLANTED[bug](monkeypatch)
 
     assert _spilling_error(runs["bf16"]) > 10 * LIMITS["bf16"]

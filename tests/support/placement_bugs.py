@@ -1,4 +1,4 @@
-"""Errors of a placement, planted: each changes little in a layer, and `verify` has to name it."""
+"""Errors of a placement, planted: each changes little in a layer, and has to be caught and named."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,13 @@ from hetero_attn.cache.pool import CachePool
 
 
 def _token_dropped_at_the_boundary(monkeypatch: MonkeyPatch) -> None:
+    """The boundary is one token further than the pages that were moved: a token is in neither segment."""
     original = CachePool.boundary
     monkeypatch.setattr(CachePool, "boundary", lambda self, slot: (at := original(self, slot)) + (at > 0))
 
 
 def _base_two_lse(monkeypatch: MonkeyPatch) -> None:
+    """One side's partial carries a base-2 lse into a merge by natural logarithms."""
     for name in ("decode_attention", "prefill_attention"):
         original = getattr(reference, name)
 
@@ -35,6 +37,7 @@ def _average_instead_of_merge(monkeypatch: MonkeyPatch) -> None:
 
 
 def _stale_staging_buffer(monkeypatch: MonkeyPatch) -> None:
+    """Every fifth copy into the ring is lost, so a linear reads the piece that was there before."""
     original, count = hetero_attn.lanes.staging.StagingRing._fill, iter(range(10**9))
 
     def lossy(self, slot):
