@@ -3,7 +3,7 @@
 No figure is judged here: a test machine is shared, and the sizes are tiny.
 """
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import psutil
 import pytest
@@ -25,19 +26,15 @@ SCRIPTS = ROOT / "examples" / "benchmarks"
 
 
 def load(name: str) -> ModuleType:
-    """A benchmark script as a module."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up while they are made.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    """A benchmark script, or a part of one, as a module."""
+    with mock.patch.object(sys, "path", [str(SCRIPTS), *sys.path]):
+        return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint, as the benchmark makes it, in the folder where the benchmark looks for it."""
-    script, path = (load("random_checkpoint"), tmp_path_factory.mktemp("benchmarks") / "tiny")
+    script, path = (load("models.random_checkpoint"), tmp_path_factory.mktemp("benchmarks") / "tiny")
     script.write_checkpoint(script.SHAPES["tiny"], path)
     return path
 
@@ -80,7 +77,7 @@ def test_every_kind_of_request_is_answered_by_our_side(checkpoint: Path) -> None
         {"test": "logits", "token_ids": [1, 2, 3]},
     ]
     lines = "".join(json.dumps(request) + "\n" for request in requests)
-    done = run_process("ours.py", "hetero-attn", "--model", checkpoint, "--threads", 2, "--rows", 3, lines=lines)
+    done = run_process("sides/ours.py", "hetero-attn", "--model", checkpoint, "--threads", 2, "--rows", 3, lines=lines)
     assert done.returncode == 0, done.stderr
     ready, *answers = [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -94,7 +91,7 @@ def test_our_side_tells_what_routers_chose_and_what_a_step_of_experts_reads() ->
     requests = [{"test": "decode", "tokens": 2, "depth": 0}, {"test": "physics"}, {"test": "routes", "tokens": 40}]
     lines = "".join(json.dumps(request) + "\n" for request in requests)
     done = run_process(
-        "ours.py",
+        "sides/ours.py",
         "hetero-attn",
         "--model",
         ROOT / "examples" / "tiny-moe",
@@ -118,7 +115,7 @@ def test_random_weights_of_a_file_are_small_numbers_around_nothing(kind: str) ->
     import gguf
     import numpy as np
 
-    script = load("random_experts")
+    script = load("models.random_experts")
     raw = script.codes(np.random.default_rng(1), (64, 512), kind)
     numbers = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]).astype(np.float64)
 
@@ -129,7 +126,7 @@ def test_random_weights_of_a_file_are_small_numbers_around_nothing(kind: str) ->
 def test_a_random_checkpoint_is_what_safetensors_reads(checkpoint: Path) -> None:
     from safetensors.torch import load_file
 
-    shape = load("random_checkpoint").SHAPES["tiny"]
+    shape = load("models.random_checkpoint").SHAPES["tiny"]
     tensors = load_file(checkpoint / "model.safetensors")
 
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shape.tensors()
@@ -143,7 +140,7 @@ def test_rows_for_adjacent_pairs_rotate_like_halves() -> None:
     """llama.cpp turns features 2i and 2i+1 together where the checkpoint means i and i + head_dim/2."""
     import numpy as np
 
-    script = load("random_checkpoint")
+    script = load("models.random_checkpoint")
     rows = np.arange(2 * 8, dtype=np.uint16).reshape(16, 1)
     config = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
 
@@ -153,8 +150,7 @@ def test_rows_for_adjacent_pairs_rotate_like_halves() -> None:
     assert script._for_adjacent_pairs("model.layers.0.self_attn.v_proj.weight", rows, config) is rows
 
 
-def test_a_peer_that_runs_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
+def test_a_peer_that_runs_another_model_is_refused() -> None:
     script = load("whole_model")
 
     class Stub:
@@ -170,7 +166,7 @@ def test_a_peer_that_runs_another_model_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_row_without_a_target_shows_its_ratio_and_no_verdict() -> None:
-    script = load("comparisons")
+    script = load("sides.comparisons")
     depths = {row.depth: row.least for row in script.COMPARISONS if row.name.startswith("depth-")}
     row = script.Result("depth-1k-bf16", "tokens/s", 9.0, 6.0, "peer", 1.5, None, None, (9.0,), (6.0,), 1e9)
 
@@ -179,14 +175,13 @@ def test_a_row_without_a_target_shows_its_ratio_and_no_verdict() -> None:
     assert row.line().split()[:6] == ["depth-1k-bf16", "9.00", "6.00", "1.50", "-", "-"]
 
 
-def test_llama_bench_is_asked_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_bench_is_asked_in_its_own_words(tmp_path: Path) -> None:
     """A stand-in for the binary: it writes its arguments down and answers as llama-bench does with -o json."""
     binary, seen = tmp_path / "llama-bench", tmp_path / "seen"
     answer = json.dumps([{"avg_ns": 2_000_000_000, "build_commit": "abc", "build_number": 7}])
     binary.write_text(f"#!/bin/sh\necho \"$@\" > '{seen}'\necho '{answer}'\n")
     binary.chmod(0o755)
-    monkeypatch.syspath_prepend(SCRIPTS)
-    peers = load("peers")
+    peers = load("sides.peers")
     settings = peers.Settings(tmp_path / "m.gguf", "bf16", 3, 512, 8, 512, "f16", "auto", binary)
     side = peers.LlamaBench(settings)
 
@@ -264,15 +259,14 @@ def test_the_gpu_script_runs_every_part_on_the_emulated_device_and_keeps_what_it
     assert [line["name"] for line in lines()[len(first) :]] == ["start", "machine", "end"]
 
 
-def gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> object:
+def gpu_run(tmp_path: Path, **options: object) -> object:
     """A run of the GPU script, as on a GPU machine."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return load("gpu_run").Run(tmp_path, tmp_path, "cuda", False, 2e12, None, **options)
+    return load("gpu.run").Run(tmp_path, tmp_path, "cuda", False, 2e12, None, **options)
 
 
-def test_the_gpu_script_has_its_headlines_within_five_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = gpu_run(tmp_path, monkeypatch)
-    parts = list(load("gpu_parts").parts(run))
+def test_the_gpu_script_has_its_headlines_within_five_minutes(tmp_path: Path) -> None:
+    run = gpu_run(tmp_path)
+    parts = list(load("gpu.parts").parts(run))
     names = [part.name for part in parts]
     last = names.index("model 8b q4 25% prompts")
 
@@ -280,22 +274,20 @@ def test_the_gpu_script_has_its_headlines_within_five_minutes(tmp_path: Path, mo
     assert sum(part.seconds for part in parts[:last]) + parts[last].seconds <= 300
     assert names[-1].startswith("probe") and names.index("tests") > last
     begun = tuple(names)
-    for expected in load("gpu_expectations").EXPECTATIONS:
+    for expected in load("gpu.expectations").EXPECTATIONS:
         assert expected.name.partition(": ")[0] in begun, expected
         assert expected.low <= expected.high and expected.decide
 
 
-def test_parts_are_chosen_by_the_beginnings_of_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = gpu_run(tmp_path, monkeypatch, only=("model", "rates"), skip=("model 8b q4 50%",))
+def test_parts_are_chosen_by_the_beginnings_of_their_names(tmp_path: Path) -> None:
+    run = gpu_run(tmp_path, only=("model", "rates"), skip=("model 8b q4 50%",))
 
     assert [run.wants(name) for name in ("rates", "model 8b q4 25%", "model 8b q4 50% auto", "tests")] == [1, 1, 0, 0]
 
 
-def test_a_plan_without_measured_rates_has_the_recorded_machines_true_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = gpu_run(tmp_path, monkeypatch)
-    rates = load("gpu_rates")
+def test_a_plan_without_measured_rates_has_the_recorded_machines_true_ones(tmp_path: Path) -> None:
+    run = gpu_run(tmp_path)
+    rates = load("gpu.rates")
     recorded, profile = rates.recorded_profile(), rates.planning_profile(run)
 
     assert profile.dram_bytes_per_s == 156e9 and profile.h2d_bytes_per_s == 50e9
@@ -308,14 +300,12 @@ def test_a_plan_without_measured_rates_has_the_recorded_machines_true_ones(
     assert rates.planning_profile(run) == recorded
 
 
-def test_a_checkpoint_that_another_process_writes_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_that_another_process_writes_is_waited_for(tmp_path: Path) -> None:
     """Both ask at once: one writes it, and what both then see is whole."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    command = quick_python(SCRIPTS / "gpu_checkpoints.py", "tiny", tmp_path)
+    wishes = ("--checkpoint", "tiny", "--out", tmp_path, "--work-dir", tmp_path)
+    command = quick_python(SCRIPTS / "gpu_offload.py", *wishes)
     other = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    directory = load("gpu_checkpoints").made_checkpoint(tmp_path, "tiny")
+    directory = load("gpu.checkpoints").made_checkpoint(tmp_path, "tiny")
     written = (directory / "model.safetensors").stat()
 
     assert other.wait(60) == 0
@@ -323,13 +313,13 @@ def test_a_checkpoint_that_another_process_writes_is_waited_for(
     assert not list(directory.glob("*.partial"))
 
 
-def test_a_paced_device_keeps_the_rates_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_paced_device_keeps_the_rates_it_was_given() -> None:
     """Queues are clocks: kernels and copies overlap, events order them, and waiting lasts until the work would have
     ended."""
     from hetero_attn.devices import EmulatedDriver
     from placement import HardwareProfile
 
-    driver = load("paced_driver").PacedDriver(HardwareProfile.named("emulated"))
+    driver = load("simulated.paced_driver").PacedDriver(HardwareProfile.named("emulated"))
     compute, copies = driver.stream("compute"), driver.stream("copies")
     now = compute.ready_at = copies.ready_at = 1e12
 
@@ -344,8 +334,7 @@ def test_a_paced_device_keeps_the_rates_it_was_given(monkeypatch: pytest.MonkeyP
     assert public - {"ops"} <= {name for name in dir(driver) if not name.startswith("_")}
 
 
-def test_prediction_rows_cover_what_the_table_promises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
+def test_prediction_rows_cover_what_the_table_promises() -> None:
     script = load("prediction")
 
     assert len(script.ROWS) >= 12 and len({row.name for row in script.ROWS}) == len(script.ROWS)
@@ -358,8 +347,7 @@ def test_prediction_rows_cover_what_the_table_promises(monkeypatch: pytest.Monke
     assert script.middle([{"prediction_error": error} for error in (0.4, -0.1, 0.1)]) == {"prediction_error": 0.1}
 
 
-def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
+def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     running = tmp_path / "running.json"
     running.write_text('{"name": "a part", "limit_s": 0.1}')
     script = "sleep 60 & echo $!; wait"
@@ -378,7 +366,7 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path, mon
 def test_a_layer_of_a_prompt_queues_few_launches() -> None:
     """A dequantisation for each piece of a weight, and six others: norms and the activation round what they give."""
     pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
-    done = run("launches.py", "--repetitions", 1, "--json")
+    done = run("simulated/launches.py", "--repetitions", 1, "--json")
 
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.gguf_models import make_gguf
+from tests.support.quick_python import quick_python
 from tests.support.scripts import EXAMPLES, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = EXAMPLES / "benchmarks"
 
 
 @pytest.fixture
@@ -87,3 +90,29 @@ def test_short_examples_run(name: str, shown: str) -> None:
 
     assert run.returncode == 0, run.stderr
     assert shown in run.stdout
+
+
+def test_the_table_of_benchmarks_has_every_script_and_no_other() -> None:
+    """All that a person runs; what other scripts start lies in sides/."""
+    table = re.findall(r"^\| `python ([^\s`]+)", (BENCHMARKS / "README.md").read_text(), re.MULTILINE)
+    scripts = [path for path in BENCHMARKS.rglob("*.py") if 'if __name__ == "__main__"' in path.read_text()]
+
+    assert sorted(table) == sorted(
+        path.relative_to(ROOT).as_posix() for path in scripts if path.parent != BENCHMARKS / "sides"
+    )
+
+
+def test_the_results_are_where_their_table_says() -> None:
+    results = BENCHMARKS / "results"
+    named = re.findall(r"`([\w./-]+\.json)`", (results / "README.md").read_text().partition("## One instruction")[0])
+
+    assert named and [name for name in named if "SCRIPT" not in name and not (results / name).exists()] == []
+
+
+@pytest.mark.parametrize("script", ["gpu_offload.py", "prediction.py", "quality/gguf_exactness.py"])
+def test_a_benchmark_starts_in_any_folder(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts are found beside it, not where it is started from."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = subprocess.run(quick_python(BENCHMARKS / script, "--help"), cwd=tmp_path, capture_output=True, text=True)
+
+    assert (done.returncode, done.stderr) == (0, "") and "usage:" in done.stdout

@@ -3,11 +3,13 @@
 import ast
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 from tests.support.syntax import HOLD_STATEMENTS, MAY_IMPORT, ROOT
 from tests.support.syntax import sources as files_of
 
 MOST_LINES, MOST_PARAMETERS = 300, 7
+MOST_FILES = 14  # in one folder of the examples; of the packages see test_imports.py
 # Lines of a function beside its signature and docstring. Kernels are loops inside loops that one function writes out.
 MOST_BODY_LINES, MOST_KERNEL_LINES = 38, 98
 # Functions that are written into machine code, whose arguments are registers and pointers, by their decorators.
@@ -77,6 +79,26 @@ def test_no_function_takes_more_than_a_few_parameters() -> None:
 
 def test_no_file_is_long() -> None:
     assert [path for path, text in sources() if len(text.splitlines()) > MOST_LINES] == []
+
+
+def crowded(root: Path) -> list[str]:
+    """Folders with more than MOST_FILES files, `root` itself included; what Python compiled does not count."""
+    folders = [root, *(path for path in root.rglob("*") if path.is_dir() and path.name != "__pycache__")]
+    counts = {folder: sum(path.is_file() for path in folder.iterdir()) for folder in folders}
+    return [folder.relative_to(root.parent).as_posix() for folder, count in counts.items() if count > MOST_FILES]
+
+
+def test_no_folder_of_the_examples_is_crowded() -> None:
+    assert crowded(ROOT / "examples") == []
+
+
+def test_a_planted_crowded_folder_is_found(tmp_path: Path) -> None:
+    for folder, count in (("full", MOST_FILES), ("full/crowded", MOST_FILES + 1), ("full/__pycache__", MOST_FILES + 1)):
+        (tmp_path / folder).mkdir()
+        for number in range(count):
+            (tmp_path / folder / f"{number}.json").touch()
+
+    assert crowded(tmp_path / "full") == ["full/crowded"]
 
 
 def body_lines(function: ast.FunctionDef) -> int:

@@ -9,7 +9,7 @@
 Calls are interleaved and the best of each is taken, since other programs may use the machine: trust the ratios. With
 one thread CPU time is what counts.
 
-    python -m examples.benchmarks.experts_cpu [--threads 2] [--dtypes q4,q8,mxfp4,bf16]
+    python examples/benchmarks/experts_cpu.py [--threads 2] [--dtypes q4,q8,mxfp4,bf16]
 """
 
 import argparse

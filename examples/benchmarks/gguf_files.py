@@ -63,9 +63,9 @@ def start(options: argparse.Namespace, stack: ExitStack, file: Path) -> dict[str
     """Ours and both settings of llama.cpp, each with the file loaded."""
     context = max(LEAST_CONTEXT, options.prefill_tokens)
     common = ["--model", file, "--threads", options.threads, "--context", context]
-    ours = [sys.executable, HERE / "ours.py", "hetero-attn", *common, "--dtype", options.dtype]
+    ours = [sys.executable, HERE / "sides/ours.py", "hetero-attn", *common, "--dtype", options.dtype]
     ours += ["--isa", options.isa] if options.isa else []
-    peer = [options.llama_python, HERE / "peers.py", "llama.cpp", *common]
+    peer = [options.llama_python, HERE / "sides/peers.py", "llama.cpp", *common]
     environment = {"LLAMA_CPP_LIB_PATH": str(options.llama_lib)} if options.llama_lib else {}
     sides = {"ours": Worker("hetero-attn", ours)}
     sides["repacked"] = Worker("llama.cpp", peer, environment)

@@ -1,8 +1,9 @@
 """What there is to learn on a lent GPU machine within a few minutes, in the order in which it is worth the time.
 
-    python gpu_offload.py --out DIR                                              nine minutes
-    python gpu_offload.py --out DIR --minutes 5 --skip tests --skip kernels
-    python gpu_offload.py --out DIR --minutes 1 --device emulated --quick    the same without a GPU; no figure counts
+    python examples/benchmarks/gpu_offload.py --out DIR [--minutes 9] [--skip tests --skip kernels] [--only model]
+    python examples/benchmarks/gpu_offload.py --out DIR --minutes 1 --device emulated --quick
+
+The second is the same without a GPU: does every part run? No figure of it counts.
 
     sanity    kernels against float64, a toy model through captured steps beside one lane, percentiles of a hand-over, a
               launch queue that is full behind a parked wait
@@ -37,7 +38,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from gpu_run import BROKEN, LEAST_S, RUNNING_FILE, START, Run, gpu_used_bytes, run_parts, write_result
+from gpu.checkpoints import made_checkpoint
+from gpu.run import BROKEN, LEAST_S, RUNNING_FILE, START, Run, gpu_used_bytes, run_parts, write_result
 
 MINUTES = 9.0  # a command on a lent machine often ends at ten
 POLL_S = 0.2
@@ -56,7 +58,11 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="parts whose name begins so")
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="no parts whose name begins so")
     parser.add_argument("--child", type=float, help=argparse.SUPPRESS)  # the deadline, by the clock of the system
+    parser.add_argument("--checkpoint", help=argparse.SUPPRESS)  # a shape whose checkpoint is written, and no more
     options = parser.parse_args()
+    if options.checkpoint:
+        made_checkpoint(options.work_dir, options.checkpoint)
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     if options.child is not None:
         run = Run(
@@ -97,7 +103,7 @@ def supervise(arguments: list[str], options: argparse.Namespace, work_dir: Path)
 
 def write_checkpoint(work_dir: Path) -> subprocess.Popen:
     """Begin to write the model's checkpoint in a process of its own."""
-    command = [sys.executable, str(Path(__file__).with_name("gpu_checkpoints.py")), "8b", str(work_dir)]
+    command = [sys.executable, __file__, "--checkpoint", "8b", "--out", str(work_dir), "--work-dir", str(work_dir)]
     return subprocess.Popen(command, start_new_session=True)
 
 

@@ -1,6 +1,6 @@
 """What a run of `gpu_offload.py` found, as a record to keep, tables and a plot.
 
-    python gpu_report.py DIR RECORD.json [--plot PLOT.png]
+    python examples/benchmarks/gpu_report.py DIR RECORD.json [--plot PLOT.png]
 
 The record holds every result without timelines; a part that failed or was skipped stays in it with the reason. The
 first table (standard output, Markdown) puts the bound of each plan first, then what was measured, predicted, and what
@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gpu_expectations import EXPECTATIONS, Expectation
+from gpu.expectations import EXPECTATIONS, Expectation
 
 Result = dict[str, Any]
-RECORD = Path(__file__).resolve().parent / "results" / "gpu_h100.json"  # its peers ran on the same kind of machine
+RECORD = Path(__file__).resolve().parent / "results/gpu/gpu_h100.json"  # its peers ran on the same kind of machine
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """A context that grows from one token to 32k: is the answer exact, does the budget hold, is the speed as predicted?
 
-    python growth.py --out FILE.json
+    python examples/benchmarks/growth.py --out FILE.json
 
 Two runs over toy models of random weights, each looked at in 20 places between the first token and the last:
 
@@ -8,8 +8,7 @@ exact   three lanes on the emulated device, under a GPU budget whose cache holds
         are compared with those of the CPU lane alone, the squared error over the square (NMSE); the most bytes ever in
         use are compared with the budget. fp32 and bf16.
 speed   the CPU lane, whose cache grows until it outweighs the weights: seconds of a decode step beside the curve that
-the
-        cost model draws from this machine's profile. The cache is filled with random keys and values. The emulated
+        the cost model draws from this machine's profile. The cache is filled with random keys and values. The emulated
         device is not timed: its GPU lane runs at the speed of plain torch, which says nothing.
 
 The profile is the kept one (`hetero-attn profile`), or is measured first. On a machine shared with others memory may be
@@ -33,7 +32,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from random_checkpoint import Shape, write_checkpoint
+from models.random_checkpoint import Shape, write_checkpoint
 
 from hetero_attn import LLM, HardwareProfile, Policy
 from hetero_attn.engine.measure import profile_machine

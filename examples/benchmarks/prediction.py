@@ -1,14 +1,13 @@
 """Predicted against measured speed over many configurations: does the planner's cost model tell the truth?
 
-    python prediction.py [--out FILE.json] [--rows NAME ...] [--large DIRECTORY]
+    python examples/benchmarks/prediction.py [--out FILE.json] [--rows NAME ...] [--large DIRECTORY]
 
 Rows on the CPU lane run as they are. Rows with three lanes run over `paced_driver`: a GPU and a bus that keep set rates
 beside the real CPU lane, real Python and real hand-overs, with one CPU thread, so that the threads which stand for the
-GPU do not take the CPU lane's cores. Rates are measured anew before every group of rows, because shared machines drift
-by a
-half within seconds: the profile before every group of rows, the rates of DRAM and of arithmetic beside every figure.
-Nothing is fitted. Models have random weights of several shapes (random_checkpoint.py), the shipped tiny one, and with
---large one more that is made beforehand. The last line is JSON.
+GPU do not take the CPU lane's cores. Rates are measured anew, because shared machines drift by a half within seconds:
+the profile before every group of rows, the rates of DRAM and of arithmetic beside every figure. Nothing is fitted.
+Models have random weights of several shapes (models/random_checkpoint.py), the shipped tiny one, and with --large one
+more that is made beforehand. The last line is JSON.
 """
 
 import argparse
@@ -24,8 +23,8 @@ from pathlib import Path
 import psutil
 import torch
 from growth import busy_seconds, others_share
-from paced_driver import PacedDriver
-from random_checkpoint import Shape, write_checkpoint
+from models.random_checkpoint import Shape, write_checkpoint
+from simulated.paced_driver import PacedDriver
 
 from cpu_kernels import CpuKernels
 from hetero_attn.engine.build import assemble, build_engine

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from cpu_kernels.formats import GGUF_BY_NAME, SOURCE_TYPES, format_of
 
 RESULTS = Path(__file__).parent / "results"
-ONE_ROW = ("kernels_cpu_zen4_1thread", "kernels_cpu_zen3_1thread")
-EXACTNESS = "gguf_exactness_smollm2"
+ONE_ROW = ("kernels/kernels_cpu_zen4_1thread", "kernels/kernels_cpu_zen3_1thread")
+EXACTNESS = "quality/gguf_exactness_smollm2"
 HEADINGS = (
     "weights of",
     "held as",
@@ -60,7 +60,7 @@ SOURCES = (
 
 
 def read(name: str) -> dict:
-    """A committed result."""
+    """A committed result, by folder and name."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 

@@ -30,10 +30,10 @@ LLAMA_COUNT = 7  # drafts a pass, as ours has at eight rows; its own default of 
 
 
 class Llama:
-    """llama.cpp in a process of its own, see lookup_peer.py."""
+    """llama.cpp in a process of its own, see sides/lookup_peer.py."""
 
     def __init__(self, python: str, model: str, threads: int) -> None:
-        script = Path(__file__).with_name("lookup_peer.py")
+        script = Path(__file__).with_name("sides") / "lookup_peer.py"
         command = [python, str(script), model, "--threads", str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

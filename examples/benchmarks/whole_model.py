@@ -1,11 +1,11 @@
 """A whole model on the CPU against llama.cpp and transformers: tokens a second, side by side in one run.
 
-    python whole_model.py --llama-python PYTHON --out FILE.json
+    python examples/benchmarks/whole_model.py --llama-python PYTHON --out FILE.json
 
 What it answers: does the CPU lane read memory as fast as the machine can, and is it ahead of the programs people use?
-It makes its own checkpoint of random weights and the same weights as GGUF (random_checkpoint.py), checks that both
-sides compute the same logits, then measures one comparison after another (comparisons.py): every side in a process of
-its own (ours.py, peers.py), the same thread count, runs interleaved (ours, peer, ours, peer, ...), medians.
+It makes its own checkpoint of random weights and the same weights as GGUF (models/), checks that both sides compute the
+same logits, then measures one comparison after another (sides/): every side in a process of its own, the same thread
+count, runs interleaved (ours, peer, ours, peer, ...), medians.
 
 The ceiling comes first: the speed of reading memory and doing nothing with it, measured again before every row. Our
 GB/s are weights and cache that a decode step reads; `linears` is the speed of its linears over that of a sweep of the
@@ -33,8 +33,8 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
-from comparisons import COMPARISONS, HEADINGS, Comparison, Result
-from random_checkpoint import MODEL_FILE, SHAPES, write_checkpoint
+from models.random_checkpoint import MODEL_FILE, SHAPES, write_checkpoint
+from sides.comparisons import COMPARISONS, HEADINGS, Comparison, Result
 
 HERE = Path(__file__).resolve().parent
 GGUF_TYPES = {"bf16": "BF16", "q8": "Q8_0", "q4": "Q4_0"}
@@ -100,7 +100,7 @@ class Benchmark:
             write_checkpoint(SHAPES[self.options.shape], self.checkpoint)
         for dtype in sorted(dtypes if self.missing["llama.cpp"] is None else ()):
             if not self._gguf(dtype).exists():
-                command = [self.options.llama_python, HERE / "random_checkpoint.py", "gguf", self.checkpoint]
+                command = [self.options.llama_python, HERE / "models/random_checkpoint.py", "gguf", self.checkpoint]
                 subprocess.run([*command, self._gguf(dtype), "--type", GGUF_TYPES[dtype]], check=True)
 
     def start(self, side: str, dtype: str, context: int, rows: int) -> Worker:
@@ -108,13 +108,13 @@ class Benchmark:
         options = self.options
         common = ["--threads", options.threads, "--context", context, "--rows", rows]
         if side == "hetero-attn":
-            command = [sys.executable, HERE / "ours.py", side, "--model", self.checkpoint, "--dtype", dtype]
+            command = [sys.executable, HERE / "sides/ours.py", side, "--model", self.checkpoint, "--dtype", dtype]
         elif side == "transformers":
-            command = [sys.executable, HERE / "peers.py", side, "--model", self.checkpoint]
+            command = [sys.executable, HERE / "sides/peers.py", side, "--model", self.checkpoint]
         else:
             binary = ["--llama-bench", options.llama_bench] if options.llama_bench else []
             kind = "llama-bench" if options.llama_bench else "llama.cpp"
-            command = [options.llama_python, HERE / "peers.py", kind, "--model", self._gguf(dtype), *binary]
+            command = [options.llama_python, HERE / "sides/peers.py", kind, "--model", self._gguf(dtype), *binary]
             common += ["--kv", options.kv, "--flash-attention", options.flash_attention, "--ubatch", options.ubatch]
         return Worker(side, [*command, *common])
 

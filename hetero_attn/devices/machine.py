@@ -15,9 +15,9 @@ from placement.plan.units import format_bytes
 from placement.plan.workload import Workload
 
 # Beside the arena, whatever the model, by what torch's allocator and the driver said of an H100 after seven loads of an
-# 8B model in two processes (examples/benchmarks/results/gpu_h100_2026-11-27.json). Torch held 344 to 425 MiB more than
-# arena and rounded inputs: weights as bf16 (64), products (32 where torch cannot write them in place), a workspace of
-# cuBLAS (32) for every stream so far, of which each load has new ones, the pool of captured steps, whole segments.
+# 8B model in two processes (examples/benchmarks/results/gpu/gpu_h100_2026-11-27.json). Torch held 344 to 425 MiB more
+# than arena and rounded inputs: weights as bf16 (64), products (32 where torch cannot write them in place), a workspace
+# of cuBLAS (32) for every stream so far, of which each load has new ones, the pool of captured steps, whole segments.
 TEMPORARY_BYTES = 432 * 2**20
 # CUDA took 69 to 73 MiB more than its context had at the load: modules of kernels used first later, and graphs.
 LATE_CUDA_BYTES = 80 * 2**20

@@ -77,7 +77,7 @@ def test_a_text_without_two_tokens_is_refused():
 
 
 def test_the_benchmark_writes_what_it_prints(tmp_path):
-    script, file = TINY.parent / "benchmarks" / "quality.py", tmp_path / "found.json"
+    script, file = TINY.parent / "benchmarks/quality/quality.py", tmp_path / "found.json"
     run = run_script(script, TINY, "--dtypes", "q8", "--json", file)
 
     assert run.returncode == 0, run.stderr

@@ -14,7 +14,7 @@ TINY = ROOT / "examples" / "tiny"
 
 def run(name, *arguments):
     """What a script printed last, as JSON."""
-    done = run_script(ROOT / "examples" / "benchmarks" / name, *arguments)
+    done = run_script(ROOT / "examples" / "benchmarks" / "quality" / name, *arguments)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

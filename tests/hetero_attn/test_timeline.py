@@ -210,7 +210,7 @@ def test_a_machine_without_a_gpu_has_no_lanes_to_simulate():
 @pytest.mark.parametrize("most", [2, pytest.param(None, marks=pytest.mark.matrix)])
 def test_the_table_of_critical_paths_has_every_change_and_none_is_for_the_worse(most):
     root = Path(__file__).resolve().parents[2]
-    script = runpy.run_path(str(root / "examples/benchmarks/critical_paths.py"))
+    script = runpy.run_path(str(root / "examples/benchmarks/simulated/critical_paths.py"))
     written = (root / "docs/timeline.md").read_text()
 
     for name, before, after in islice(script["rows"](), most):

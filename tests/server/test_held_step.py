@@ -1,5 +1,5 @@
 """While a step is under way everything but its tokens goes on: here a step is held until all else is done, so whatever
-waited for it would never come back. Milliseconds are for examples/benchmarks/server_lag.py."""
+waited for it would never come back. Milliseconds are for examples/benchmarks/server/server_lag.py."""
 
 import asyncio
 import socket

@@ -1,4 +1,4 @@
-"""The runs of whole models on an H100 that are kept under examples/benchmarks/results, as plans, profiles and figures.
+"""The runs of whole models on an H100 that examples/benchmarks/results/gpu keeps, as plans, profiles and figures.
 
 A result holds the table that its plan printed. From that and the shape of the model the plan itself comes back: units
 of every linear in decode and for many rows, and the cache in GPU memory.
@@ -23,7 +23,7 @@ from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.plan import Means, Plan, build_plan
 from placement.plan.workload import NUM_ROW_TIERS, Workload
 
-RESULTS = Path(__file__).resolve().parents[2] / "examples/benchmarks/results"
+RESULTS = Path(__file__).resolve().parents[2] / "examples/benchmarks/results/gpu"
 CONTEXT, PAGE_TOKENS = 4097, 64
 FIGURES = ("decode", "pp512", "pp4096", "memory")
 LLAMA_8B = {

@@ -244,7 +244,7 @@ def test_one_token_is_judged_as_all_of_them_are(grammars, tokenizer, monkeypatch
 
 
 def test_the_benchmark_of_masks_times_every_token(llm):
-    path = Path(__file__).resolve().parents[3] / "examples" / "benchmarks" / "masks.py"
+    path = Path(__file__).resolve().parents[3] / "examples" / "benchmarks" / "server" / "masks.py"
     spec = importlib.util.spec_from_file_location("masks", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,6 +1,6 @@
 """What each change to how work is queued does to the step of an 8B model on an H100 that is not there: one table.
 
-    python examples/benchmarks/critical_paths.py
+    python examples/benchmarks/simulated/critical_paths.py
 
 Plans are those of recorded runs, rates those of their machines. Every row takes one change back in the code that is
 simulated, so that before and after differ in nothing else.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from hetero_attn.models import block
 from hetero_attn.tools.timeline import recording_driver

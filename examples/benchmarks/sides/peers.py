@@ -1,8 +1,9 @@
 """One peer of a comparison in a process of its own: it loads a model once and is driven by lines. Ours is in ours.py.
 
-    python peers.py SIDE --model PATH --threads N ...      SIDE: llama.cpp | llama-bench | transformers
+    python examples/benchmarks/sides/peers.py SIDE --model PATH --threads N ...
 
-Reads one JSON request a line from standard input and answers each with one JSON line on standard output:
+SIDE is llama.cpp, llama-bench or transformers. Reads one JSON request a line from standard input and answers each with
+one JSON line on standard output:
 
     {"test": "decode",  "tokens": 128, "depth": 0}    generate one token after another on top of `depth` tokens
     {"test": "prefill", "tokens": 512, "depth": 0}    compute a prompt

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_checkpoints import LARGE_SHAPES, cap_bytes, checkpoint
-from gpu_kernel_parts import median_seconds
-from gpu_run import Run
 
-HERE = Path(__file__).resolve().parent
+from .checkpoints import LARGE_SHAPES, cap_bytes, checkpoint
+from .kernel_parts import median_seconds
+from .run import Run
+
+BENCHMARKS = Path(__file__).resolve().parents[1]
 
 
 def accelerate(shape: str, share: float) -> Callable[[Run], dict[str, Any]]:
@@ -92,6 +93,6 @@ def gguf_file(run: Run, shape: str) -> Path:
     """The checkpoint as Q4_0, made on first use."""
     gguf = run.work_dir / f"{shape}-q4_0.gguf"
     if not gguf.exists():
-        command = [sys.executable, HERE / "random_checkpoint.py", "gguf", checkpoint(run, shape), gguf]
+        command = [sys.executable, BENCHMARKS / "models/random_checkpoint.py", "gguf", checkpoint(run, shape), gguf]
         subprocess.run([*map(str, command), "--type", "Q4_0"], check=True)
     return gguf

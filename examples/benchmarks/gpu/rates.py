@@ -1,7 +1,7 @@
 """Rates as the runtime uses them, with nothing cached and all lanes at once, and the profile that plans are made with.
 
 A whole profile takes more than a minute. What a lent machine of a known kind does with fp32, q8, few threads or small
-caches was measured once and is kept in results/gpu_h100.json; what plans of q4 models depend on is measured again.
+caches was measured once and is kept in results/gpu/gpu_h100.json; what plans of q4 models depend on is measured again.
 """
 
 import json
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_checkpoints import made_checkpoint
-from gpu_kernel_parts import device_seconds, tensor_device
-from gpu_run import Run
 
-RECORD = Path(__file__).resolve().parent / "results" / "gpu_h100.json"
+from .checkpoints import made_checkpoint
+from .kernel_parts import device_seconds, tensor_device
+from .run import Run
+
+RECORD = Path(__file__).resolve().parents[1] / "results/gpu/gpu_h100.json"
 PROFILE_FILE = "profile.json"
 # Of the recorded machine, measured after its profile, with more memory than its caches hold.
 TRUE_RATES = {"dram": 156e9, "h2d": 50e9, "linear_q4": 130e9}

@@ -7,9 +7,10 @@ from itertools import cycle
 from typing import Any
 
 import torch
-from gpu_run import Run
 
 from cpu_kernels.contract import ChunkKeys, Pages, Partial, RowKeys
+
+from .run import Run
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 64
 SHAPES = ((4096, 6144), (4096, 28_672), (14_336, 4096))

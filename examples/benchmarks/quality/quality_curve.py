@@ -1,8 +1,8 @@
 """What a file of a size costs in quality: KL divergence and perplexity over bits, of our files and of llama.cpp's.
 
-    python examples/benchmarks/quality_curve.py MODEL --work DIR --json FILE [--plot FILE.svg] [--calibrate TEXT]
-        [--types Q4_0,... --full FULL.gguf --llama-python PYTHON] [--bits 4.6,...] [--recipes q4_m,...] [--windows 6]
-        [--no-text]
+    python examples/benchmarks/quality/quality_curve.py MODEL --work DIR --json FILE [--plot FILE.svg]
+        [--calibrate TEXT] [--types Q4_0,... --full FULL.gguf --llama-python PYTHON] [--bits 4.6,...]
+        [--recipes q4_m,...] [--windows 6] [--no-text]
 
 MODEL is the unquantised model, FULL the same as a GGUF file that llama.cpp quantises to each of --types, by default
 without an importance matrix. Of each of those sizes, and of --bits, `hetero-attn quantize` makes a file with no more
@@ -33,7 +33,7 @@ from hetero_attn.tools.quantize.table import KEY
 from hetero_attn.tools.quantize.write import quantize
 from placement.machine.fingerprint import cpu_name
 
-EXAMPLES = Path(__file__).resolve().parents[1]
+EXAMPLES = Path(__file__).resolve().parents[2]
 TEXT = EXAMPLES / "tiny" / "heldout.txt"
 SAME_SIZE = 0.01  # a file that is so little smaller stands for the size too
 CALIBRATION_DOCUMENTS, CALIBRATION_CHARACTERS = 40, 1600

@@ -1,17 +1,14 @@
-"""The models that `gpu_offload.py` runs: random weights of known shapes, quickly made, and the caps they run under.
-
-python gpu_checkpoints.py SHAPE WORK_DIR      write one, as `gpu_offload.py` does beside its first parts
-"""
+"""The models that `gpu_offload.py` runs: random weights of known shapes, quickly made, and the caps they run under."""
 
 import fcntl
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from gpu_run import Run
-from random_checkpoint import MODEL_FILE, SHAPES, Shape, header_of
+from models.random_checkpoint import MODEL_FILE, SHAPES, Shape, header_of
+
+from .run import Run
 
 DRAWN_VALUES = 4_000_037  # a prime, so that no two rows of a matrix are equal
 LARGE_SHAPES = {
@@ -68,7 +65,3 @@ def random_bits(generator: np.random.Generator, dims: tuple[int, ...]) -> np.nda
     values -= 0.5
     values *= np.float32((12 / dims[1]) ** 0.5)
     return np.resize((values.view(np.uint32) >> 16).astype(np.uint16), dims)
-
-
-if __name__ == "__main__":
-    made_checkpoint(Path(sys.argv[2]), sys.argv[1])

@@ -1,6 +1,7 @@
 """A model in GGUF types as llama.cpp makes them, beside transformers holding the same values in float32.
 
-    python examples/benchmarks/gguf_exactness.py FILE.gguf ... [--json FILE] [--windows N] [--llama-python PYTHON]
+    python examples/benchmarks/quality/gguf_exactness.py FILE.gguf ... [--json FILE] [--windows N]
+        [--llama-python PYTHON]
 
 For every file: perplexity of six windows of 512 tokens, or of N, of the shipped checkpoint's held-out text, each read
 on its own; the largest error of a logit over the first window; and 64 greedy tokens after a prompt, token by token.
@@ -30,7 +31,7 @@ from hetero_attn.serving.text.tokenizer import Tokenizer
 from hetero_attn.tools.quality import MOST_WINDOWS, WINDOW_TOKENS
 from placement.machine.fingerprint import cpu_name
 
-TEXT = Path(__file__).resolve().parents[1] / "tiny" / "heldout.txt"
+TEXT = Path(__file__).resolve().parents[2] / "tiny" / "heldout.txt"
 PROMPT = "The largest planets of the solar system are"
 GREEDY_TOKENS = 64
 

@@ -1,6 +1,6 @@
 """What answers in a form cost: CPU time of a grammar's mask for each token, beside that of the step it is for.
 
-    python examples/benchmarks/masks.py [MODEL] [--step-ms MS ...] [--out FILE]
+    python examples/benchmarks/server/masks.py [MODEL] [--step-ms MS ...] [--out FILE]
 
 Answers are drawn at random from what a schema allows, so that every state of the grammar is met. `forced` asks what is
 left no choice, `asked` whether one token is allowed: that is all where the token that is drawn first is. `mask` finds
@@ -91,7 +91,7 @@ def step_ms(llm: LLM, tokens: int = 24) -> float:
 def main() -> None:
     """Measure, print, and write where asked to."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", nargs="?", default=str(Path(__file__).resolve().parents[1] / "tiny"))
+    parser.add_argument("model", nargs="?", default=str(Path(__file__).resolve().parents[2] / "tiny"))
     parser.add_argument("--step-ms", type=float, nargs="*", default=[])
     parser.add_argument("--answers", type=int, default=6)
     parser.add_argument("--out", type=Path)

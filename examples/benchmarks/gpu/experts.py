@@ -1,8 +1,8 @@
 """Experts of `gpu_offload.py`: Qwen3-30B-A3B's layers, with copies of a quarter of the experts on the GPU and without.
 
-Weights are random (`random_experts.py`), so routes follow no text: greedy tokens of a random model come round soon, and
-with them their experts. The share of picks that was found in a slot stands beside every speed, with what the plan
-expected.
+Weights are random (`models/random_experts.py`), so routes follow no text: greedy tokens of a random model come round
+soon, and with them their experts. The share of picks that was found in a slot stands beside every speed, with what the
+plan expected.
 """
 
 import subprocess
@@ -12,14 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_models import QUICK_CONTEXT, decode, prompt
-from gpu_rates import planning_profile
-from gpu_run import Run
+from .models import QUICK_CONTEXT, decode, prompt
+from .rates import planning_profile
+from .run import Run
 
-HERE = Path(__file__).resolve().parent
+BENCHMARKS = Path(__file__).resolve().parents[1]
 SHAPE, TYPE, LAYERS = "s1", "Q4_0", 8
 EXPERTS, QUICK_EXPERTS = 128, 32
-QUICK_MODEL = HERE.parent / "tiny-moe"  # trained, 10 MB
+QUICK_MODEL = BENCHMARKS.parent / "tiny-moe"  # trained, 10 MB
 DENSE_ON_GPU = """
 rules:
   - {match: "*.experts", gpu: 0.0, expert_slots: SLOTS}
@@ -51,7 +51,7 @@ def expert_file(run: Run) -> Path:
     if run.quick:
         return QUICK_MODEL
     if not path.exists():
-        command = [sys.executable, HERE / "random_experts.py", SHAPE, TYPE, path, "--layers", LAYERS]
+        command = [sys.executable, BENCHMARKS / "models/random_experts.py", SHAPE, TYPE, path, "--layers", LAYERS]
         subprocess.run([str(part) for part in command], check=True)
     return path
 

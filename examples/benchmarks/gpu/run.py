@@ -107,7 +107,7 @@ def write_result(out: Path, name: str, **values: Any) -> None:
 
 def run_parts(run: Run) -> int:
     """Every wanted part that is not done yet and has the time it states; a failure is a result like any other."""
-    from gpu_parts import parts
+    from .parts import parts
 
     done = run.done()
     run.write("machine", **machine(run))

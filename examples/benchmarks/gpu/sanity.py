@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_checkpoints import checkpoint
-from gpu_kernel_parts import median_seconds, tensor_device
-from gpu_run import Run
 
-ROOT = Path(__file__).resolve().parents[2]
+from .checkpoints import checkpoint
+from .kernel_parts import median_seconds, tensor_device
+from .run import Run
+
+ROOT = Path(__file__).resolve().parents[3]
 HOPS = 100  # of a step
 FLOATS = 4096  # 16 KiB each way
 BUSY_BYTES, BUSY_COPIES = (16 << 20, 16)  # 5 ms of copies beside the 2 ms of a step's hops

@@ -1,7 +1,7 @@
 """A model of random weights, of a known shape, as a Hugging Face checkpoint and as GGUF: something to time.
 
-    python random_checkpoint.py hf   SHAPE DIRECTORY
-    python random_checkpoint.py gguf DIRECTORY FILE --type BF16|Q8_0|Q4_0
+    python examples/benchmarks/models/random_checkpoint.py hf   SHAPE DIRECTORY
+    python examples/benchmarks/models/random_checkpoint.py gguf DIRECTORY FILE --type BF16|Q8_0|Q4_0
 
 Speed does not depend on what the weights are, only on their shapes and dtypes, so nothing has to be downloaded. Both
 files hold the same weights: the GGUF is made from the checkpoint, in the rounding of the `gguf` package, and a

@@ -1,6 +1,6 @@
 """What the server costs: tokens a second of 8 streams over loopback, beside the same requests through `llm.step`.
 
-    python examples/benchmarks/server_overhead.py [MODEL ...] [--rounds 3] [--tokens 512] [--out FILE]
+    python examples/benchmarks/server/server_overhead.py [MODEL ...] [--rounds 3] [--tokens 512] [--out FILE]
 
 The ceiling is the second; both are run in turns in one process, the clients in another. The aim is 0.95 of it, in the
 medians. Where every core computes, clients and server take theirs from the steps: leave them one, as --threads does.
@@ -104,7 +104,7 @@ def measure(model: str, rounds: int, tokens: int, threads: int) -> dict[str, obj
 def main() -> None:
     """Measure, print, and write where asked to."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("models", nargs="*", default=[str(Path(__file__).resolve().parents[1] / "tiny")])
+    parser.add_argument("models", nargs="*", default=[str(Path(__file__).resolve().parents[2] / "tiny")])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--threads", type=int, default=max(1, len(os.sched_getaffinity(0)) - 1))

@@ -7,15 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_experts import experts
-from gpu_kernel_parts import attention_kernels, linear_kernel, linear_stages
-from gpu_models import model, resize
-from gpu_peers import accelerate, llama_cpp
-from gpu_rates import rates
-from gpu_run import Part, Run
-from gpu_sanity import full_queue, hops, kernels, toy_model
+from .experts import experts
+from .kernel_parts import attention_kernels, linear_kernel, linear_stages
+from .models import model, resize
+from .peers import accelerate, llama_cpp
+from .rates import rates
+from .run import Part, Run
+from .sanity import full_queue, hops, kernels, toy_model
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 GPU_TESTS = (
     "test_cuda_lanes.py",
     "test_cuda_models.py",

@@ -1,6 +1,6 @@
 """Random GGUF files with the layers of published mixtures of experts, fewer of them: what a speed needs, no language.
 
-    python examples/benchmarks/random_experts.py SHAPE TYPE TARGET [--layers N] [--seed N]
+    python examples/benchmarks/models/random_experts.py SHAPE TYPE TARGET [--layers N] [--seed N]
 
 s1  Qwen3-30B-A3B: 128 experts of 2048 x 768, 8 a token             4 layers: 2.6e9 weights
 s2  Qwen3.6-35B-A3B: 256 of 2048 x 512, 8 a token and a shared one; three of four layers gated DeltaNet     3.5e9

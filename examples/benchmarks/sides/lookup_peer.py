@@ -1,6 +1,6 @@
 """llama.cpp with drafts, through llama-cpp-python, in a process of its own: driven by lines like peers.py.
 
-    python lookup_peer.py MODEL.gguf --threads N
+    python examples/benchmarks/sides/lookup_peer.py MODEL.gguf --threads N
 
 Each line of standard input is a JSON object {"prompt": [token ids], "tokens": N, "drafts": null | "lookup" | a
 probability, "count": drafts a pass, "seed": of the draws}; each line of standard output answers {"seconds": of decoding

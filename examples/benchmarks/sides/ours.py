@@ -1,6 +1,6 @@
 """Our side of a comparison: hetero_attn on its CPU lane alone, in a process of its own. Requests are those of peers.py.
 
-    python ours.py hetero-attn --model DIRECTORY --dtype bf16|q8|q4 --threads N ...
+    python examples/benchmarks/sides/ours.py hetero-attn --model DIRECTORY --dtype bf16|q8|q4 --threads N ...
 
 Drives the engine's two functions, `prefill` and `decode_step`, without scheduler or tokenizer: what llama-bench does to
 its own library. Three requests more, for the physics of a step and for what routers choose:

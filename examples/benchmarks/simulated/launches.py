@@ -1,6 +1,6 @@
 """Python's processor time to queue one layer of a prompt for the GPU, on a machine without one.
 
-    python examples/benchmarks/launches.py [--chunks 6] [--json]
+    python examples/benchmarks/simulated/launches.py [--chunks 6] [--json]
 
 A toy model, cut over GPU and stream as an 8B model is, runs its prompts on the CUDA driver's own code; kernels are
 compiled for an H100, but their launcher, the driver library, streams and products do nothing. What is left is Python,

@@ -1,6 +1,6 @@
 """What rounding a trained model's weights costs: ours by recipe, and llama.cpp's own files, on one text.
 
-    python examples/benchmarks/quality.py MODEL [--dtypes q4,q4_m,q8] [--json FILE]
+    python examples/benchmarks/quality/quality.py MODEL [--dtypes q4,q4_m,q8] [--json FILE]
         [--llama-python PYTHON --gguf FILE ...]
 
 MODEL is a checkpoint in safetensors; the text is the held-out text of the shipped one. Perplexity is over windows of
@@ -17,7 +17,7 @@ from pathlib import Path
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.tools import quality
 
-TEXT = Path(__file__).resolve().parents[1] / "tiny" / "heldout.txt"
+TEXT = Path(__file__).resolve().parents[2] / "tiny" / "heldout.txt"
 # Runs in the other interpreter: a file, the text, tokens of a window, windows; prints the perplexity.
 LLAMA = """
 import sys, llama_cpp, numpy as np

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gpu_checkpoints import cap_bytes, checkpoint
-from gpu_rates import planning_profile
-from gpu_run import Run
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .checkpoints import cap_bytes, checkpoint
+from .rates import planning_profile
+from .run import Run
 
 CONTEXT, QUICK_CONTEXT = 1024, 128
 # What long prompts want of a plan: no CPU work where many rows pass, and the GPU attends. A planner that looks at

@@ -1,6 +1,6 @@
 """Toy mixtures of experts as GGUF files of float32, their logits by llama.cpp, by transformers and by us.
 
-    python examples/benchmarks/expert_gguf_logits.py --llama-python PYTHON [--json FILE] [--families NAME ...]
+    python examples/benchmarks/quality/expert_gguf_logits.py --llama-python PYTHON [--json FILE] [--families NAME ...]
 
 The files are those of the tests: every architecture at a few thousand weights, routers drawn so that scores spread, and
 all vectors drawn anew so that no default hides a term. The oracle is transformers in float32 on the same values; ours
@@ -23,7 +23,7 @@ import gguf
 import torch
 from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # toy files are written by the tests' own code
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # toy files are written by the tests' own code
 
 from hetero_attn import LLM
 from placement.machine.fingerprint import cpu_name

@@ -1,6 +1,6 @@
 """How late a server's event loop and its `/health` are while steps take long: 8 streams, in milliseconds.
 
-    python examples/benchmarks/server_lag.py [MODEL] [--step-s 2] [--seconds 12] [--out FILE]
+    python examples/benchmarks/server/server_lag.py [MODEL] [--step-s 2] [--seconds 12] [--out FILE]
 
 Twice: with steps that are made to last `--step-s` without computing anything, and with long prompts, whose chunks
 compute on every thread that the model has. The loop's lag is how much later than asked a timer of 5 ms fires; `/health`
@@ -123,7 +123,7 @@ asyncio.run(main())
 def main() -> None:
     """Measure, print, and write where asked to."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", nargs="?", default=str(Path(__file__).resolve().parents[1] / "tiny"))
+    parser.add_argument("model", nargs="?", default=str(Path(__file__).resolve().parents[2] / "tiny"))
     parser.add_argument("--step-s", type=float, default=2.0)
     parser.add_argument("--seconds", type=float, default=12.0)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

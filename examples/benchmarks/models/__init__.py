@@ -1,0 +1,1 @@
+"""Models of random weights and known shapes, as files: something to time."""
