@@ -34,7 +34,7 @@ def pack(team: Team, rows: torch.Tensor, weight_dtype: str, out: torch.Tensor) -
             rows=rows.data_ptr(),
             row_bytes=rows.element_size() * rows.stride(0),
             num_blocks=num_blocks,
-            in_features=in_features,
+            row_items=in_features,
             out=out.data_ptr(),
             block_bytes=block_bytes,
         ),

@@ -5,7 +5,7 @@ import torch
 from cpu_kernels.checks import check_tensor, expect
 from cpu_kernels.formats import SOURCE_TYPES, format_of, unit_bytes
 from cpu_kernels.formats import weights as layout
-from cpu_kernels.team.arguments import REPACK, UNPACK
+from cpu_kernels.team.arguments import PACK, UNPACK
 from cpu_kernels.team.team import Team
 
 NUMBERS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -31,11 +31,11 @@ def repack(team: Team, rows: torch.Tensor, source_type: str, out: torch.Tensor) 
     failure = team.run(
         ("linear.repacking.kernel", "repack", source_type),
         0,
-        *REPACK.filled(
+        *PACK.filled(
             rows=rows.data_ptr(),
             row_bytes=rows.stride(0),
             num_blocks=num_blocks,
-            blocks=row_bytes // source.block_bytes,
+            row_items=row_bytes // source.block_bytes,
             out=out.data_ptr(),
             block_bytes=block_bytes,
         ),

@@ -45,8 +45,8 @@ LINEAR = block("LINEAR", *_LINEAR, "rows parts")  # what both read is in the sam
 # sources: 0 where a pick's input is the row of its place. first, count: the experts that `weight` holds, one every
 # expert_bytes. num_blocks: of one expert. bias, accumulate: 0.
 EXPERT_LINEAR = block("EXPERT_LINEAR", *_LINEAR, "sources starts first count expert_bytes threads")
-PACK = block("PACK", "rows row_bytes num_blocks in_features out block_bytes")
-REPACK = block("REPACK", "rows row_bytes num_blocks blocks out block_bytes")
+# row_items: of a row, inputs or a file's blocks.
+PACK = block("PACK", "rows row_bytes num_blocks row_items out block_bytes")
 UNPACK = block("UNPACK", "weight block_bytes rows ids count in_features out out_row")
 RMS_NORM = block("RMS_NORM", "x x_row weight eps out out_row rows hidden")
 COPY_ROWS = block("COPY_ROWS", "source source_row target target_row rows features")
@@ -106,7 +106,7 @@ FLAG = block("FLAG", "address value")  # an entry of a program that waits for a 
 MAX_PARAMETERS = max(
     map(
         len,
-        (LINEAR, EXPERT_LINEAR, PACK, REPACK, UNPACK, RMS_NORM, LAYER_NORM, GATED, CLAMPED, GELU, GATHER, MERGE)
+        (LINEAR, EXPERT_LINEAR, PACK, UNPACK, RMS_NORM, LAYER_NORM, GATED, CLAMPED, GELU, GATHER, MERGE)
         + (ROUTE, COMBINE, EXPERT_BIAS, SINKS, SIGMOID_MUL, SCALE_ROWS, NORM_HEADS, SWEEP, ROPE, DECODE, PREFILL, FLAG)
         + (COPY_ROWS, DELTA),
     )

@@ -12,8 +12,7 @@ from numba import types
 from cpu_kernels.formats.weights import BLOCK_FEATURES, GROUP_INPUTS, LINE_BYTES, SUPERBLOCK_LINES
 from cpu_kernels.linear.packing.search import pack_group_q4, pack_group_q8
 from cpu_kernels.linear.repacking.lanes import QUAD, stage_memory, stage_quad
-from cpu_kernels.team.arguments import PACK
-from cpu_kernels.team.chunks import fail, parameter, take
+from cpu_kernels.linear.row_blocks import over_blocks
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.vector import (
     I32,
@@ -155,24 +154,4 @@ def pack(source_dtype: str, weight_dtype: str):
     is_coded = weight_dtype in SUPERBLOCK_LINES
     pack_block = (coded_block if is_coded else plain_block)(source_dtype, weight_dtype)
     memory = stage_memory(2 * STAGE_BYTES if is_coded else LINE_BYTES)
-
-    def kernel(arguments, thread):
-        rows, stride, num_blocks = (
-            parameter(arguments, PACK.rows),
-            parameter(arguments, PACK.row_bytes),
-            parameter(arguments, PACK.num_blocks),
-        )
-        in_features, out, block_bytes = (
-            parameter(arguments, PACK.in_features),
-            parameter(arguments, PACK.out),
-            parameter(arguments, PACK.block_bytes),
-        )
-        scratch = memory()
-        block = take(arguments, 0)
-        while block < num_blocks:
-            source = rows + block * BLOCK_FEATURES * stride
-            if not pack_block(source, stride, in_features, out + block * block_bytes, scratch):
-                fail(arguments, 1)
-            block = take(arguments, 0)
-
-    return kernel
+    return over_blocks(pack_block, memory)

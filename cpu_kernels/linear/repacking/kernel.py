@@ -6,7 +6,7 @@ a register, and from there every line of the packed block is made and stored who
 
 from numba import types
 
-from cpu_kernels.formats import BLOCK_FEATURES, GROUP_INPUTS, LINE_BYTES, SOURCE_TYPES, format_of
+from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, SOURCE_TYPES, format_of
 from cpu_kernels.linear.repacking.lanes import (
     DWORD_BYTES,
     QUAD,
@@ -19,8 +19,7 @@ from cpu_kernels.linear.repacking.lanes import (
     stage_quad,
 )
 from cpu_kernels.linear.repacking.source_blocks import BITS, KERNEL_SOURCES, NIBBLES, PAIRS, blocks_together
-from cpu_kernels.team.arguments import REPACK
-from cpu_kernels.team.chunks import fail, parameter, take
+from cpu_kernels.linear.row_blocks import over_blocks
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.scalar import least, store_i64
 from cpu_kernels.vectors.vector import emits, intp
@@ -93,7 +92,7 @@ def superblock_writer(source_type: str):
 
 
 def repack(source_type: str):
-    """Kernel; blocks: of the source in a row."""
+    """Kernel; row_items: blocks of the source."""
     source = SOURCE_TYPES[source_type]
     together, source_bytes = blocks_together(source), source.block_bytes
     dwords, superblock_bytes = -(-together * source_bytes // DWORD_BYTES), format_of(source.format).superblock_bytes
@@ -122,23 +121,4 @@ def repack(source_type: str):
             good = write(stage, to + first // together * superblock_bytes) != 0 and good
         return good
 
-    def kernel(arguments, thread):
-        rows, stride, num_blocks = (
-            parameter(arguments, REPACK.rows),
-            parameter(arguments, REPACK.row_bytes),
-            parameter(arguments, REPACK.num_blocks),
-        )
-        blocks, out, block_bytes = (
-            parameter(arguments, REPACK.blocks),
-            parameter(arguments, REPACK.out),
-            parameter(arguments, REPACK.block_bytes),
-        )
-        stage = memory()
-        block = take(arguments, 0)
-        while block < num_blocks:
-            source = rows + block * BLOCK_FEATURES * stride
-            if not repack_block(source, stride, blocks, out + block * block_bytes, stage):
-                fail(arguments, 1)
-            block = take(arguments, 0)
-
-    return kernel
+    return over_blocks(repack_block, memory)
