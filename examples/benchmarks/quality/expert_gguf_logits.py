@@ -25,6 +25,8 @@ from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metada
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # toy files are written by the tests' own code
 
+from ending import ended
+
 from hetero_attn import LLM
 from placement.machine.fingerprint import cpu_name
 from tests.support.delta_gguf import ARCHITECTURES, delta_gguf
@@ -157,10 +159,7 @@ def main() -> int:
     version = "import llama_cpp; print(llama_cpp.__version__)"
     run = subprocess.run([chosen.llama_python, "-c", version], capture_output=True, text=True, check=True)
     result["llama_cpp_python"] = run.stdout.strip()
-    if chosen.json:
-        chosen.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
-    return 0
+    return ended(result, chosen.json)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ending import ended, keep
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -197,8 +198,7 @@ def main() -> int:
         if chosen.llama_python and LLAMA_CPP not in row:
             windows = windows_of(Tokenizer.open(file), row["tokens"] // WINDOW_TOKENS)
             row[LLAMA_CPP] = llama_perplexity(chosen.llama_python, file, windows)
-        if chosen.json:
-            chosen.json.write_text(json.dumps(result, indent=2) + "\n")
+        keep(result, chosen.json)
         print(
             f"{row['file'].removesuffix('.gguf'):<22}{row['transformers_perplexity']:>9.4f}{row['perplexity']:>9.4f}"
             f"{row[NEEDED]:>9.1e}{row['largest_error_of_ours']:>9.1e}{row['share_of_largest_logit']:>8.1e}"
@@ -206,8 +206,7 @@ def main() -> int:
             + (f"  llama.cpp {row[LLAMA_CPP]:.3f}" if LLAMA_CPP in row else ""),
             flush=True,
         )
-    print(json.dumps(result))
-    return 0
+    return ended(result, chosen.json)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ otherwise; the GGUF files are of the same model, as made by llama.cpp. Last come
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
+
+from ending import ended
 
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.tools import quality
@@ -64,10 +65,7 @@ def main() -> int:
         theirs.append({"file": file.name, "file_bytes": file.stat().st_size, "perplexity": found})
         print(f"llama.cpp {file.name:<26}{file.stat().st_size / 2**20:>9.1f} MiB{found:>10.3f}")
     result = {"text": TEXT.name, "ours": report.to_dict(), "llama_cpp": theirs}
-    if chosen.json:
-        chosen.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
-    return 0
+    return ended(result, chosen.json)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ending import ended, keep
 
 from hetero_attn import LLM
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
@@ -129,12 +130,11 @@ def main() -> int:
             make[3]()
         row = {"name": name, "by": by, "file_bytes": file.stat().st_size, "bits": bits_of(file)}
         result["rows"].append(row | measured(file, chosen.windows, baseline))
-        chosen.json.write_text(json.dumps(result, indent=2) + "\n")
+        keep(result, chosen.json)
         show(result["rows"][-1])
     if chosen.plot:
         plot(result, chosen.plot, chosen.title)
-    print(json.dumps(result))
-    return 0
+    return ended(result, chosen.json)
 
 
 def todo(chosen: argparse.Namespace, text: str) -> list[Any]:
