@@ -11,9 +11,13 @@ from hetero_attn.cache.states import FixedStates
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.models.delta import DeltaNet
 from hetero_attn.ops.step_rows import Rows
+from hetero_attn.serving.grammar import TokenMask
 from hetero_attn.serving.scheduling import scheduler
+from hetero_attn.speculation.width import Width
+from tests.hetero_attn.test_eagle_head import expect_the_slow_heads_drafts
 from tests.hetero_attn.test_speculation import PARAMS, PROMPTS, accept_one_too_many, params, speculate
 from tests.support.answers import same_answers
+from tests.support.eagle import make_head
 from tests.support.fake_engine import fake_engine
 from tests.support.few_examples import drawn
 from tests.support.moe import make_moe
@@ -23,6 +27,7 @@ from tests.support.toy import make_checkpoint
 
 CONTEXT, PAGE = 64, 4
 SHAPES = {"cpu": {"device": "cpu"}, "lanes": {"device": "emulated", "gpu_memory": "1 MiB"}}
+FORM = {"regex": "(the first|a second) of [a-h]{3} words that nobody chooses, [a-h]{8}"}
 TOKENS = torch.randint(307, (90,), generator=torch.Generator().manual_seed(2)).tolist()
 
 
@@ -262,3 +267,69 @@ def test_all_that_drafts_may_draft(path, answers, tmp_path, wish):
         assert llm._scheduler.speculator is not None and llm.report().drafts.reason
     with pytest.raises(UnsupportedModelError, match="cannot forget several steps"):
         load(path, speculate=path)
+
+
+@pytest.fixture
+def head(tmp_path):
+    return make_head(tmp_path / "head")
+
+
+@pytest.fixture
+def three_drafts(monkeypatch):
+    """In every pass that has room for them, whatever they gain."""
+    monkeypatch.setattr(Width, "choose", lambda self, costs, rows, most: min(most, 4))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_head_changes_no_answer(path, answers, head, three_drafts, shape):
+    """It reads hidden states of passes whose rows were drafts, beside states that leave those out."""
+    with load(path, shape, speculate=head) as llm:
+        for kind in PARAMS if shape == "cpu" else ("seeded",):
+            same_answers([llm.generate([prompt], params(kind))[0] for prompt in PROMPTS], answers[kind])
+            same_answers(llm.generate(PROMPTS, params(kind)), answers[kind])
+
+        assert llm.report().drafts.passes > 0
+
+
+def test_a_head_drafts_what_it_would_of_the_text_alone(path, head, three_drafts):
+    """Behind a prompt, and behind passes of which some drafts were wrong."""
+    with load(path, speculate=head) as llm:
+        request = llm.add(PROMPTS[1], params("seeded", top_p=1.0))
+        for steps in (2, 3, 9):
+            for _ in range(steps):
+                llm.step()
+            expect_the_slow_heads_drafts(llm, path, head, [request])
+
+        assert llm.report().drafts.passes > 9
+
+
+@pytest.fixture
+def token_by_token(path):
+    """What the form makes of every prompt without drafts, no token of it forced."""
+    pytest.importorskip("llguidance", reason="llguidance is not installed (extra grammar)")
+    with pytest.MonkeyPatch.context() as monkeypatch, load(path) as llm:
+        monkeypatch.setattr(TokenMask, "forced", lambda self, generated_ids: [])
+        return {kind: [llm.generate([each], in_form(kind))[0] for each in PROMPTS] for kind in ("greedy", "seeded")}
+
+
+def in_form(kind):
+    return params(kind, **FORM, ignore_eos=False)
+
+
+@pytest.mark.parametrize("wish", ["off", "ngram", "head"])
+def test_answers_in_a_form_are_those_token_by_token(path, token_by_token, head, three_drafts, wish):
+    """What a grammar forces shares passes with what is drafted."""
+    with load(path, speculate=head if wish == "head" else wish) as llm:
+        for kind, expected in token_by_token.items():
+            same_answers([llm.generate([prompt], in_form(kind))[0] for prompt in PROMPTS], expected)
+            same_answers(llm.generate(PROMPTS, in_form(kind)), expected)
+
+        assert llm.report().forced_tokens > 300 and (llm.report().drafts.passes > 0) == (wish != "off")
+
+
+def test_forced_tokens_that_a_state_leaves_out_are_missed(path, token_by_token, monkeypatch):
+    monkeypatch.setattr(DeltaNet, "take_in", lambda *given: None)
+    with load(path) as llm:
+        found = [output.token_ids for output in llm.generate(PROMPTS, in_form("greedy"))]
+
+    assert found != [output.token_ids for output in token_by_token["greedy"]]
