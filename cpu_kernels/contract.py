@@ -73,9 +73,9 @@ class Routes(NamedTuple):
     ids: int32 [rows, k], the experts of a row, ascending. places: int32 [rows, k], the place of each pick. sources:
     int32 [rows * k], the row of the pick at each place. starts: int32 [experts + 1], where each expert's picks begin.
     weights: [rows, k + 1], what each pick's output counts, then what the shared expert's does.
-    expert_slots: int32 [experts], which expert slot holds a copy of each expert, -1 for none; it is read. Picks are
-    then sorted by slot, behind them those of experts that are in none by expert, and starts is int32 [slots + experts +
-    1]. None where there are no expert slots.
+    expert_slots: int32 [experts], which expert slot holds a copy of each expert, -1 for none; it is read. What a pass
+    streams is numbered behind the slots that stay. Picks are then sorted by slot, behind them those of experts that are
+    in none by expert, and starts is int32 [slots + experts + 1]. None where there are no expert slots.
     """
 
     ids: Tensor

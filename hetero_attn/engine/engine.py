@@ -23,6 +23,7 @@ from hetero_attn.models.decoder import ModelWeights
 from hetero_attn.ops.expert_slot_keeper import SlotKeeper
 from hetero_attn.ops.step import Step, make_step, most_lines
 from hetero_attn.ops.step_rows import Rows
+from hetero_attn.ops.streamed_expert_keeper import StreamKeeper
 from hetero_attn.spec.config import ModelConfig
 from placement.plan.heat import ExpertHeat
 from placement.plan.plan import Plan
@@ -51,12 +52,14 @@ class Engine:
         self.kv_cache = kv_cache
         self.report = LaneReport()
         self.weights = weights
-        self.forward = Forward(config, weights, lanes, kv_cache, buffers, replay)
+        self._expert_slots = SlotKeeper(lanes)
+        self._expert_slots.open(weights.linears, plan)
+        self._streamed_experts = StreamKeeper(lanes, self._expert_slots)
+        self._streamed_experts.open(weights.linears, plan)
+        self.forward = Forward(config, weights, lanes, kv_cache, buffers, self._streamed_experts, replay)
         kv_cache.states.take_in = TakenDrafts(lanes, weights, self.forward, kv_cache.states)
         self._rows = buffers.rows
         self._first_rows: dict[int, int] = {}  # of the last step, by sequence
-        self._expert_slots = SlotKeeper(lanes)
-        self._expert_slots.open(weights.linears, plan)
 
     @property
     def prefill_chunk(self) -> int:
@@ -140,15 +143,17 @@ class Engine:
 
     @torch.inference_mode()
     def _plain_pass(self, work: Sequence[Rows], copy: bool) -> tuple[Step, torch.Tensor]:
-        if not work[-1].is_chunk:
+        if not work[-1].is_chunk or self._streamed_experts.knows_nothing:
             self.forward.drain()
         if not self.forward.is_running:
+            self.report.streamed(self._streamed_experts.note())
             self._expert_slots.settle()
         step = make_step(self.lanes, self.kv_cache, work)
         self.forward.run(step, _hidden(work))
         logits = self.forward.logits(step, work, copy)
         if not self.forward.is_running:
             self.report.routed(*self._expert_slots.note(step.rows))
+            self.report.streamed(self._streamed_experts.note())
         return step, logits
 
     def prefill(self, sequence: SequenceState, token_ids: Sequence[int], logits: bool = True) -> torch.Tensor | None:
@@ -201,6 +206,7 @@ class Engine:
         for weights, placement in zip(self.weights.linears, plan.linears, strict=True):
             assert weights.placement.gpu_units == placement.gpu_units, f"{placement.name}: its home would move"
             weights.placement = placement
+        self._streamed_experts.open(self.weights.linears, plan)
         self.forward.forget_captured()
         self.plan = plan
 
@@ -223,6 +229,7 @@ class Engine:
     def _go_over(self, plan: Plan) -> None:
         with self.lanes.torch_at_rest():
             go_over(self.lanes, self.weights.linears, self.kv_cache, self._expert_slots, plan)
+            self._streamed_experts.open(self.weights.linears, plan)
         self.forward.forget_captured()
 
     def expert_heats(self) -> dict[str, ExpertHeat]:

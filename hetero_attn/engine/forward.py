@@ -24,7 +24,8 @@ from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.ops.older_pages import older_blocks
 from hetero_attn.ops.run import KvView, Run
 from hetero_attn.ops.step import Step
-from hetero_attn.ops.step_rows import Rows
+from hetero_attn.ops.step_rows import Rows, wanted_rows
+from hetero_attn.ops.streamed_expert_keeper import StreamKeeper
 from hetero_attn.spec.blocks import Declaration, FixedState, KvState
 from hetero_attn.spec.config import ModelConfig
 from placement.plan.workload import row_tier
@@ -33,8 +34,9 @@ from placement.plan.workload import row_tier
 class Forward:
     """Computes steps of a model with its weights and its cache, in buffers of its own.
 
-    replay: record decode steps where the lanes can, and replay them; the plain path computes the same. guard: around
-    everything that computes. is_running: whether the GPU may still be at a chunk.
+    streamed_experts: chooses what a step streams of them. replay: record decode steps where the lanes can, and replay
+    them; the plain path computes the same. guard: around everything that computes. is_running: whether the GPU may
+    still be at a chunk.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Forward:
         lanes: Lanes,
         kv_cache: KVCache,
         buffers: Buffers,
+        streamed_experts: StreamKeeper,
         replay: bool = True,
     ) -> None:
         self.work = buffers.work
@@ -53,6 +56,7 @@ class Forward:
         self._weights = weights
         self._lanes = lanes
         self._kv_cache = kv_cache
+        self._streamed_experts = streamed_experts
         self._logits = buffers.logits
         self._logits_views: dict[int, torch.Tensor] = {}
         self.is_running = False
@@ -98,9 +102,11 @@ class Forward:
         """
         lanes, is_one_by_one = self._lanes, step.is_one_by_one
         is_replayed = is_one_by_one and self.can_replay(step.tier)
+        is_captured = self._is_captured(step.tier)
         with self.guard:
             if is_one_by_one:
                 self._kv_cache.wait_for_moves()
+            self._streamed_experts.settle(step.tier, is_captured)
             if not (is_replayed and self._embeds_first):
                 self._embed(step, hidden)
             with lanes.main_lane():
@@ -113,6 +119,7 @@ class Forward:
                     self.replay.run(step)
                 else:
                     self.decode(step)
+            self._streamed_experts.ran(step.tier, step.rows, is_captured)
             if is_one_by_one:
                 self._finish()
 
@@ -134,6 +141,10 @@ class Forward:
             pieces = (piece for linear in self._weights.linears for piece in linear.pieces(tier))
             self._passes_caller[tier] = ring is not None and any(map(ring.passes_caller, pieces))
         return not self._passes_caller[tier]
+
+    def _is_captured(self, tier: int) -> bool:
+        """Whether copies of a step of this tier were captured, to be made again from where they were made."""
+        return isinstance(self.replay, GraphReplay) and self.replay.has_captured(tier)
 
     def forget_captured(self) -> None:
         """Capture steps anew; after weights or caches have moved."""
@@ -207,7 +218,7 @@ class Forward:
         """
         if step.is_one_by_one:
             return self._single_rows(step, work, copy)
-        wanted = _wanted_rows(work)
+        wanted = wanted_rows(work)
         if not wanted:
             self._leave_running()
             return self._logits_view(0)
@@ -221,7 +232,7 @@ class Forward:
     def _single_rows(self, step: Step, work: Sequence[Rows], copy: bool) -> torch.Tensor:
         logits = self._capped(step.rows)
         if sum([each.logits for each in work]) < step.rows:
-            logits = logits[_wanted_rows(work)]
+            logits = logits[wanted_rows(work)]
         return logits.clone() if copy else logits
 
     def _gathered(self, wanted: Sequence[int]) -> int:
@@ -284,12 +295,3 @@ class Forward:
         if rows not in self._logits_views:
             self._logits_views[rows] = before(self._logits.host[:rows], self._logit_rows)
         return self._logits_views[rows]
-
-
-def _wanted_rows(work: Sequence[Rows]) -> list[int]:
-    """Which rows of a step logits are wanted of, in their order."""
-    wanted, stop = [], 0
-    for each in work:
-        stop += len(each.token_ids)
-        wanted += range(stop - each.logits, stop)
-    return wanted

@@ -3,8 +3,8 @@
 import io
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from operator import sub
+from dataclasses import asdict, astuple, dataclass, field, fields
+from operator import add, sub
 
 from hetero_attn.lanes.lanes import Lanes
 from placement.plan.workload import row_tier
@@ -104,18 +104,40 @@ class ExpertCounts:
 
 
 @dataclass(slots=True)
+class StreamedExpertCounts:
+    """Passes that streamed experts by heat, those that were waited for, over their layers: picks, those of streamed
+    experts; experts that were streamed, and all in DRAM."""
+
+    picks: int = 0
+    streamed_picks: int = 0
+    streamed: int = 0
+    in_dram: int = 0
+
+    @property
+    def served(self) -> float:
+        """The share of the picks that streamed experts served."""
+        return self.streamed_picks / max(1, self.picks)
+
+    def line(self) -> str:
+        """For people, in one line."""
+        share = self.streamed / max(1, self.in_dram)
+        return f"experts of prompts: {share:.0%} of those in DRAM streamed by heat, for {self.served:.0%} of the picks"
+
+
+@dataclass(slots=True)
 class LaneReport:
     """Totals since a model was loaded, or since `reset`.
 
-    tiers: by row tier, since the model was loaded. experts: of expert slots. drafts: of speculative decoding; rows of
-    drafts that were wrong count in no phase's tokens. forced_tokens: of answers, which a grammar left no choice for and
-    which shared a pass with the one before.
+    tiers: by row tier, since the model was loaded. experts: of expert slots. streamed_experts: by heat. drafts: of
+    speculative decoding; rows of drafts that were wrong count in no phase's tokens. forced_tokens: of answers, which a
+    grammar left no choice for and which shared a pass with the one before.
     """
 
     phases: dict[str, PhaseTimes] = field(default_factory=lambda: {phase: PhaseTimes() for phase in PHASES})
     tiers: dict[int, PhaseTimes] = field(default_factory=dict)
     drafts: DraftCounts = field(default_factory=DraftCounts)
     experts: ExpertCounts = field(default_factory=ExpertCounts)
+    streamed_experts: StreamedExpertCounts = field(default_factory=StreamedExpertCounts)
     forced_tokens: int = 0
 
     def count(self, tokens: dict[str, int], rows: int, before: tuple[float, ...], after: tuple[float, ...]) -> None:
@@ -152,6 +174,11 @@ class LaneReport:
                 counts.steps + 1, counts.picks + picks, counts.hits + hits, counts.inserts + inserts
             )
 
+    def streamed(self, counted: Sequence[int]) -> None:
+        """Count what one pass streamed by heat; counted: as the fields of `StreamedExpertCounts`."""
+        counts = self.streamed_experts
+        self.streamed_experts = StreamedExpertCounts(*map(add, astuple(counts), counted))
+
     def decided(self, reason: str, decision: str) -> None:
         """Keep why the next pass has as many drafts as it has; decision: the same as one of few words, to count."""
         drafts = self.drafts
@@ -161,7 +188,7 @@ class LaneReport:
         """Forget everything counted so far, except what `tiers` holds for rebalancing."""
         self.phases = {phase: PhaseTimes() for phase in PHASES}
         self.drafts = DraftCounts(reason=self.drafts.reason)
-        self.experts = ExpertCounts()
+        self.experts, self.streamed_experts = ExpertCounts(), StreamedExpertCounts()
         self.forced_tokens = 0
 
     def forget(self) -> None:
@@ -195,8 +222,12 @@ class LaneReport:
                 table.add_row(phase, *_cells(times))
         console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
         console.print(table)
-        drafts = f"{self.drafts.line()}\n" if self.drafts.reason else ""
-        return console.file.getvalue() + drafts + (f"{self.experts.line()}\n" if self.experts.steps else "")
+        lines = (
+            self.drafts.line() if self.drafts.reason else "",
+            self.experts.line() if self.experts.steps else "",
+            self.streamed_experts.line() if self.streamed_experts.picks else "",
+        )
+        return console.file.getvalue() + "".join(f"{line}\n" for line in lines if line)
 
 
 def counters(lanes: Lanes) -> tuple[float, ...]:

@@ -93,11 +93,12 @@ class Lanes:
         self._copied = True
         self.device.copy(target, source, self.device.compute)
 
-    def upload(self, tables: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Bring a step's integer tables to the device, all in one copy; they stay until the next step's."""
+    def upload(self, tables: Sequence[torch.Tensor], through: StepTables | None = None) -> list[torch.Tensor]:
+        """Bring a step's integer tables to the device, all in one copy; they stay until the next step's. through:
+        buffers of their own, where they stay until the next ones there."""
         self._await_inputs()
         self._copied = True
-        return self.tables.upload(tables)
+        return (through or self.tables).upload(tables)
 
     def inputs_queued(self) -> None:
         """The copies of a step's tables and embedded rows are queued: the next step's may follow once they were

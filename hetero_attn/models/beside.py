@@ -12,7 +12,13 @@ from hetero_attn.lanes.activation import Activation
 from hetero_attn.models.block import BlockWeights, Norm, StateView, normalize, scale_residual
 from hetero_attn.models.experts import Experts
 from hetero_attn.models.workspace import Workspace
-from hetero_attn.ops.experts import ExpertBuffers, add_experts, compute_experts
+from hetero_attn.ops.experts import (
+    ExpertBuffers,
+    add_experts,
+    compute_experts,
+    copied_expert_tables,
+    copied_experts,
+)
 from hetero_attn.ops.run import Run
 from hetero_attn.spec.decoder.beside import EXPERT_SUM, FACTORS, FOR_MLP, FOR_ROUTER, SUM, BesideDeclaration
 
@@ -23,7 +29,7 @@ class Beside(BesideDeclaration, Experts):
     def forward(self, run: Run, weights: BlockWeights, state: StateView, work: Workspace) -> None:
         """Queue the block; the CPU's experts run beside the GPU's and beside the MLP."""
         lanes, tier, experts = run.lanes, run.step.tier, weights.linears["experts"]
-        buffers = self._buffers(work, run.step.rows, experts.expert_slot_count)
+        buffers = self._buffers(work, run.step.rows, copied_experts(experts, tier))
         for_mlp, expert_sum = work.of(FOR_MLP, self._hidden), work.of(EXPERT_SUM, self._hidden)
         self._choose(run, weights, buffers, work)
         self._normalize(run, weights, "experts_norm", work, buffers.x, experts.has_host_features(tier))
@@ -41,10 +47,10 @@ class Beside(BesideDeclaration, Experts):
 
     def _choose(self, run: Run, weights: BlockWeights, buffers: ExpertBuffers, work: Workspace) -> None:
         """Route the rows as the router sees them, and multiply each pick's weight by the number of its expert."""
-        lanes, expert_slots = run.lanes, weights.linears["experts"].expert_slots
+        lanes = run.lanes
         seen = work.of(FOR_ROUTER, self._hidden)
         self._normalize(run, weights, "router_norm", work, seen, to_host=False)
-        routes = self._route(lanes, weights, buffers, seen, expert_slots)
+        routes = self._route(run, weights, buffers, seen)
         factors = self._factors(run, weights, routes, work)
         each = routes.weights[:, : self._config.per_row]
         by_row = each.shape[0] <= each.shape[1]  # what is fewer calls
@@ -54,13 +60,13 @@ class Beside(BesideDeclaration, Experts):
     def _factors(self, run: Run, weights: BlockWeights, routes: Routes, work: Workspace) -> torch.Tensor:
         """The number of the expert of every pick, [rows, per_row]: by place, as what an expert adds to its places, then
         by row, as the sum of one output each."""
-        ops, expert_slots = run.lanes.main_ops, weights.linears["experts"].expert_slots
+        ops, tables = run.lanes.main_ops, copied_expert_tables(weights.linears["experts"], run.step.tier)
         picks, scale = routes.ids.numel(), weights.vector("expert_scale").main[:, None]
         both = work.flat(FACTORS, 2 * picks, 1).main
         by_place, by_pick = both[:picks], both[picks:]
         ops.copy_rows(both, weights.vector("zeros").main[:1].expand(both.shape))
-        if expert_slots is not None:
-            ops.add_expert_bias(scale, Picks(None, routes.starts, 0, expert_slots.held), by_place)
+        if tables is not None:
+            ops.add_expert_bias(scale, Picks(None, routes.starts, 0, tables[1]), by_place)
         ops.add_expert_bias(scale, Picks(None, routes.starts, routes.starts.shape[0] - 1 - routes.experts), by_place)
         once = weights.vector("one").main.expand(picks, 1)
         ops.combine(by_place, by_place, routes.starts[:1], routes.places.view(picks, 1), once, by_pick)

@@ -10,11 +10,16 @@ Routing is computed once, in float32, where the residual stream lives; see `ops.
 
 from cpu_kernels.contract import Routes, Scoring
 from hetero_attn.lanes.activation import Activation
-from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.models.block import Block, BlockWeights, Norm, StateView, normalize
 from hetero_attn.models.workspace import Workspace
-from hetero_attn.ops.expert_slots import ExpertSlots
-from hetero_attn.ops.experts import ExpertBuffers, add_experts, compute_experts, routes_in
+from hetero_attn.ops.experts import (
+    ExpertBuffers,
+    add_experts,
+    compute_experts,
+    copied_expert_tables,
+    copied_experts,
+    routes_in,
+)
 from hetero_attn.ops.linear import LinearWeights, SplitInput, linear, linear_add
 from hetero_attn.ops.run import Run
 from hetero_attn.spec.decoder.experts import ExpertsDeclaration
@@ -26,17 +31,17 @@ class Experts(ExpertsDeclaration, Block):
     def forward(self, run: Run, weights: BlockWeights, state: StateView, work: Workspace) -> None:
         """Queue the block; the CPU's experts run beside the GPU's and beside the shared one."""
         lanes, tier, experts = run.lanes, run.step.tier, weights.linears["experts"]
-        buffers = self._buffers(work, run.step.rows, experts.expert_slot_count)
+        buffers = self._buffers(work, run.step.rows, copied_experts(experts, tier))
         on_host = any(linear.has_host_features(tier) for linear in (experts, *self._shared_of(weights)[:1]))
         normalize(lanes, Norm.of(self._model, weights), work.residual, buffers.x, on_host)
-        self._route(lanes, weights, buffers, buffers.x, experts.expert_slots)
+        self._route(run, weights, buffers, buffers.x)
         compute_experts(lanes, experts, tier, buffers)
         given = lanes.given
         if self.shared:
             self._add_shared(run, weights, buffers, work, buffers.x, work.residual)
         add_experts(lanes, experts, tier, buffers, given, work.residual)
 
-    def _buffers(self, work: Workspace, rows: int, expert_slots: int) -> ExpertBuffers:
+    def _buffers(self, work: Workspace, rows: int, copied: int) -> ExpertBuffers:
         per_row, features = self._config.per_row, self._gate_up.out_features
 
         def by_place(name: str, width: int) -> Activation:
@@ -44,7 +49,7 @@ class Experts(ExpertsDeclaration, Block):
 
         return ExpertBuffers(
             x=work.of("normed", self._hidden),
-            routes=work.flat("routes", 1, self.experts.routes_size(rows, expert_slots)),
+            routes=work.flat("routes", 1, self.experts.routes_size(rows, copied)),
             weights=work.of("expert_weights", per_row + 1),
             gate_up=by_place("expert_gate_up", features),
             activated=by_place("expert_activated", features // 2),
@@ -52,16 +57,11 @@ class Experts(ExpertsDeclaration, Block):
             near=by_place("expert_near", self._down.out_features),
         )
 
-    def _route(
-        self,
-        lanes: Lanes,
-        weights: BlockWeights,
-        buffers: ExpertBuffers,
-        x: Activation,
-        expert_slots: ExpertSlots | None,
-    ) -> Routes:
-        routes = routes_in(buffers.routes.main, buffers.weights.main, self.experts, expert_slots)
-        config = self._config
+    def _route(self, run: Run, weights: BlockWeights, buffers: ExpertBuffers, x: Activation) -> Routes:
+        lanes, tier, experts, config = run.lanes, run.step.tier, weights.linears["experts"], self._config
+        tables = copied_expert_tables(experts, tier)
+        table = None if tables is None else tables[0]
+        routes = routes_in(buffers.routes.main, buffers.weights.main, self.experts, table)
         scoring = Scoring(
             gated=config.is_gated,
             normalised=config.normalised,
@@ -74,8 +74,10 @@ class Experts(ExpertsDeclaration, Block):
             scale=config.scale,
         )
         lanes.main_ops.route(x.main, weights.vector("router").main, scoring, routes)
-        if expert_slots is not None:
-            expert_slots.note(lanes, routes.ids)
+        if experts.expert_slots is not None:
+            experts.expert_slots.note(lanes, routes.ids)
+        if experts.streamed(tier) is not None:
+            experts.streamed_experts.note(lanes, routes.starts)
         return routes
 
     def _shared_of(self, weights: BlockWeights) -> tuple[LinearWeights, ...]:

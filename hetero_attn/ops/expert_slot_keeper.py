@@ -61,11 +61,13 @@ class _Exchanges(NamedTuple):
 
 
 class SlotKeeper:
-    """The expert slots of all layers of an engine, by one plan after another."""
+    """The expert slots of all layers of an engine, by one plan after another. changes: how often tables changed."""
 
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
+        self.changes = 0
         self._layers: list[_Layer] = []
+        self._inside: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._owned: list[torch.Tensor] = []
         self._pinned: list[torch.Tensor] = []
         self._names: list[str] = []
@@ -129,11 +131,18 @@ class SlotKeeper:
             self._layers[-1].copy_in(lanes, slot, expert, lanes.device.compute)
         self._seat(_Exchanges(np.full(count, index), np.arange(count), latest.numpy()))
         linear.expert_slots = slots
+        self._inside[linear.spec.name] = self._table[index].numpy(), self._held[first : first + count].numpy()
 
     def _seat(self, coming: _Exchanges) -> None:
         """Let the table name slots whose experts are there."""
+        self.changes += 1
         self._table.numpy()[coming.layers, coming.experts] = coming.slots
         self._held.numpy()[self._first_held[coming.layers] + coming.slots] = coming.experts
+
+    def inside(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """A layer's table and what each of its slots holds, as steps find them once they are settled, by the name of
+        its linear: int32 [experts] and [slots], -1 for none; None where it has no expert slots."""
+        return self._inside.get(name)
 
     def _own(self, memory: torch.Tensor) -> torch.Tensor:
         self._owned.append(memory)
@@ -150,6 +159,8 @@ class SlotKeeper:
         for layer in self._layers:
             layer.linear.expert_slots = None
         self._layers.clear()
+        self._inside.clear()
+        self.changes += 1
         while self._owned:
             self._lanes.device.release(self._owned.pop(), KIND)
         while self._pinned:
@@ -224,6 +235,7 @@ class SlotKeeper:
         leaving, coming = inside[layers, places], outside[layers, places]
         slots = table[layers, leaving]
         table[layers, leaving] = -1
+        self.changes += len(layers)
         return _Exchanges(layers, slots, coming)
 
     def _bring_in(self, coming: _Exchanges) -> int:

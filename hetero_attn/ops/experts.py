@@ -1,11 +1,11 @@
 """Run a layer's experts over the lanes: each on the lane where it lives, their outputs added in the order of their ids.
 
 Experts lie in the order gpu | stream | cpu, as the columns of a linear do (`ops.linear`), and every lane computes the
-picks of its own. Expert slots stand in front of them all (`ops.expert_slots`): the GPU computes what is in them, and
-those experts have no picks where they lie otherwise. What a lane writes are rows by *place*: all picks of a step sorted
-by slot and expert, then by row, so that a lane's picks are neighbours. The sum over a row's experts is made in one
-place, in ascending id, so that it does not depend on where an expert was computed. Routes are contents of memory, which
-recorded steps read.
+picks of its own. Copies stand in front of them all: in expert slots (`ops.expert_slots`), or streamed for a pass
+whatever their ids (`ops.streamed_experts`). The GPU computes what is there, and those experts have no picks where they
+lie otherwise. What a lane writes are rows by *place*: all picks of a step sorted by copy and expert, then by row, so
+that a lane's picks are neighbours. The sum over a row's experts is made in one place, in ascending id, so that it does
+not depend on where an expert was computed. Routes are contents of memory, which recorded steps read.
 """
 
 from dataclasses import dataclass
@@ -16,23 +16,33 @@ import torch
 from cpu_kernels.contract import Ops, Picks, Routes
 from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.lanes import Lanes
-from hetero_attn.ops.expert_slots import ExpertSlots
 from hetero_attn.ops.linear import LinearWeights
 from hetero_attn.spec.experts import ExpertsSpec
 
 
-def routes_in(
-    memory: torch.Tensor, weights: torch.Tensor, spec: ExpertsSpec, expert_slots: ExpertSlots | None
-) -> Routes:
-    """Views of float32 memory [1, spec.routes_size(rows, slots)] as the int32 that it holds.
+def routes_in(memory: torch.Tensor, weights: torch.Tensor, spec: ExpertsSpec, table: torch.Tensor | None) -> Routes:
+    """Views of float32 memory [1, spec.routes_size(rows, copies)] as the int32 that it holds.
 
-    weights: [rows, per_row + 1]. expert_slots: whose table the router reads.
+    weights: [rows, per_row + 1]. table: int32 [experts], which the router reads, of the copies in GPU memory.
     """
     rows = weights.shape[0]
     picks = rows * spec.per_row
     ids, places, sources, starts = memory[0].view(torch.int32).tensor_split([picks, 2 * picks, 3 * picks])
-    table = None if expert_slots is None else expert_slots.table
     return Routes(ids.view(rows, -1), places.view(rows, -1), sources, starts, weights, table)
+
+
+def copied_experts(experts: LinearWeights, tier: int) -> int:
+    """How many experts have a copy in GPU memory in a row tier that the router's table names: in expert slots, or
+    streamed whatever their ids."""
+    streamed = experts.streamed(tier)
+    return experts.expert_slot_count + (0 if streamed is None else len(streamed.ids))
+
+
+def copied_expert_tables(experts: LinearWeights, tier: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The table of those, and which expert each of them is, as in `Routes` and `Picks`; None without any."""
+    if experts.streamed(tier) is not None:
+        return experts.streamed_experts.table, experts.streamed_experts.held[: copied_experts(experts, tier)]
+    return None if experts.expert_slots is None else (experts.expert_slots.table, experts.expert_slots.held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +68,31 @@ def compute_experts(lanes: Lanes, experts: LinearWeights, tier: int, buffers: Ex
 
     The CPU's outputs come back with `add_experts`; work queued between the two runs beside them.
     """
-    first, slots = experts.expert_slot_count, experts.expert_slots
-    on_cpu = first + experts.device_units(tier)
+    first, slots = copied_experts(experts, tier), experts.expert_slots
+    at_home = experts.device_units(tier)
     if experts.has_host_features(tier):
         lanes.push(buffers.routes, 0, buffers.routes.main.shape[1])
-        host = _Side("host", buffers)
-        lanes.on_host(lambda: _run(lanes.host_ops, experts, on_cpu, experts.host_weight(tier), host, buffers.parts))
+        host, weight = _Side("host", buffers), experts.host_weight(tier)
+        lanes.on_host(lambda: _run(lanes.host_ops, experts, first + at_home, weight, at_home, host, buffers.parts))
     side = _Side("device", buffers)
     if slots is not None:
-        _run(lanes.device.ops, experts, 0, slots.memory, side, buffers.near, slots.held)
+        _run(lanes.device.ops, experts, 0, slots.memory, slots.held, side, buffers.near)
     if experts.placement.gpu_units:
-        _run(lanes.device.ops, experts, first, experts.gpu, side, buffers.near)
-        first += experts.placement.gpu_units
+        _run(lanes.device.ops, experts, first, experts.gpu, 0, side, buffers.near)
+    _stream(lanes, experts, tier, side, buffers.near)
+
+
+def _stream(lanes: Lanes, experts: LinearWeights, tier: int, side: "_Side", parts: Activation) -> None:
+    """Queue the picks of what is streamed: of copies whatever their ids, or of the experts behind those at home."""
+    first, is_copied = copied_experts(experts, tier), experts.streamed(tier) is not None
+    held = copied_expert_tables(experts, tier)[1] if is_copied else None
+    at = experts.expert_slot_count if is_copied else first + experts.placement.gpu_units
     for _ in range(experts.piece_count(tier)):
         weight = lanes.ring.take()
-        _run(lanes.device.ops, experts, first, weight, side, buffers.near)
+        stop = at + weight.shape[0]
+        _run(lanes.device.ops, experts, at, weight, at - first if held is None else held[at:stop], side, parts)
         lanes.ring.give_back()
-        first += weight.shape[0]
+        at = stop
 
 
 def add_experts(
@@ -85,7 +103,7 @@ def add_experts(
     side = _Side("host" if lanes.device is None else "device", buffers)
     if experts.has_host_features(tier):
         lanes.pull(buffers.parts, 0, features, given)
-    routes, border = side.routes(spec), experts.expert_slot_count + experts.device_units(tier)
+    routes, border = side.routes(spec), copied_experts(experts, tier) + experts.device_units(tier)
     far, near = (side.of(activation)[:, :features] for activation in (buffers.parts, buffers.near))
     lanes.main_ops.combine(
         near,
@@ -140,12 +158,12 @@ def _run(
     experts: LinearWeights,
     first: int,
     weight: torch.Tensor,
+    ids: int | torch.Tensor,
     side: _Side,
     parts: Activation,
-    held: torch.Tensor | None = None,
 ) -> None:
-    """The picks from `first` on, counted over expert slots and all experts, of those whose packed bytes `weight` has,
-    uint8 [experts, unit_bytes]. held: of expert slots, the expert in each."""
+    """The picks from `first` on, counted over all copies and all experts, of those whose packed bytes `weight` has,
+    uint8 [experts, unit_bytes]. ids: of the first one where they follow each other, else int32 [experts], of each."""
     spec, bias = _spec(experts), side.of(experts.bias)
     gate_up, down = spec.first
     routes, border = side.routes(spec), spec.gate_up_bytes
@@ -153,11 +171,10 @@ def _run(
         part.unflatten(1, (linear.units * linear.unit_rows, -1))
         for part, linear in zip((weight[:, :border], weight[:, border:]), spec.first, strict=True)
     )
-    picks = Picks(routes.sources, routes.starts, first, held)
+    picks = Picks(routes.sources, routes.starts, first, None if isinstance(ids, int) else ids)
     ops.expert_linear(side.x, picks, both, gate_up.format, side.gate_up)
     if bias is not None:
-        at = first - experts.expert_slot_count
-        bias = bias[at : at + weight.shape[0]] if held is None else bias
+        bias = bias[ids : ids + weight.shape[0]] if isinstance(ids, int) else bias
         ops.add_expert_bias(bias[:, : gate_up.out_features], picks, side.gate_up)
     activate(ops, spec, side.gate_up, side.activated)
     x, out = side.activated[:, : spec.width], side.of(parts)

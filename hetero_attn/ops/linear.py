@@ -16,7 +16,9 @@ import torch
 
 from hetero_attn.lanes.activation import Activation, behind
 from hetero_attn.lanes.lanes import Lanes
+from hetero_attn.lanes.staging import Piece
 from hetero_attn.ops.expert_slots import ExpertSlots
+from hetero_attn.ops.streamed_experts import Streamed, StreamedExperts
 from hetero_attn.spec.weights import LinearSpec
 from placement.plan.memory import LinearPlacement
 
@@ -33,7 +35,8 @@ class LinearWeights:
     bias: float32 [out_features] on both sides, None on both where the linear has none. order: int32 [in_features] on
     both sides, which input of the model each of the weight's is; None on both where they are the same.
     piece_blocks: the most blocks a staging slot takes.
-    expert_slots: of experts, copies of some in GPU memory; None where the plan has none.
+    expert_slots: of experts, copies of some in GPU memory; None where the plan has none. streamed_experts: of experts
+    whose lane changes no bit, those that a pass streams; None where all that may be is the first ones.
     """
 
     spec: LinearSpec
@@ -45,16 +48,20 @@ class LinearWeights:
     first_dram_unit: int
     order: Activation = NOTHING
     expert_slots: ExpertSlots | None = None
+    streamed_experts: StreamedExperts | None = None
 
     @property
     def expert_slot_count(self) -> int:
         """How many expert slots there are."""
         return 0 if self.expert_slots is None else self.expert_slots.count
 
+    def streamed(self, tier: int) -> Streamed | None:
+        """The experts that are streamed in this row tier whatever their ids; None where it is a run of units."""
+        return None if self.streamed_experts is None else self.streamed_experts.by_tier.get(tier)
+
     def device_units(self, tier: int) -> int:
-        """Units computed on the GPU, resident and streamed, in this row tier."""
-        placement = self.placement
-        return placement.gpu_units + placement.stream_units[tier]
+        """Units computed on the GPU in this row tier, resident or a streamed run behind those."""
+        return self.placement.gpu_units + (self.placement.stream_units[tier] if self.streamed(tier) is None else 0)
 
     def device_inputs(self, tier: int) -> int:
         """Input features of a row cut that the GPU multiplies in this row tier; the CPU lane takes those behind
@@ -78,15 +85,17 @@ class LinearWeights:
         """Whether the CPU lane computes any column in this row tier."""
         return self.device_units(tier) < self.spec.units
 
-    def pieces(self, tier: int) -> Iterator[torch.Tensor]:
+    def pieces(self, tier: int) -> Iterator[Piece]:
         """The streamed blocks of this tier, cut into pieces that fit a staging slot."""
+        if (streamed := self.streamed(tier)) is not None:
+            return iter(streamed.pieces)
         starts = self._piece_starts(tier)
-        for start in starts:
-            yield self.dram[start : min(start + self.piece_blocks, starts.stop)]
+        return ((self.dram[start : min(start + self.piece_blocks, starts.stop)],) for start in starts)
 
     def piece_count(self, tier: int) -> int:
         """How many pieces `pieces` gives."""
-        return len(self._piece_starts(tier))
+        streamed = self.streamed(tier)
+        return len(self._piece_starts(tier)) if streamed is None else len(streamed.pieces)
 
     def _piece_starts(self, tier: int) -> range:
         if self.spec.row_unit:

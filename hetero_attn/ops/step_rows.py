@@ -27,6 +27,15 @@ class Rows(NamedTuple):
     hidden: torch.Tensor | None = None
 
 
+def wanted_rows(work: Sequence[Rows]) -> list[int]:
+    """Which rows of a step logits are wanted of, in their order."""
+    wanted, stop = [], 0
+    for each in work:
+        stop += len(each.token_ids)
+        wanted += range(stop - each.logits, stop)
+    return wanted
+
+
 def has_drafts(cache: KVCache, work: Sequence[Rows], rows: int) -> bool:
     """Whether states leave out the rows behind each sequence's first: of a step of so many rows, none of a chunk."""
     if not cache.states or work[-1].is_chunk or len(work) == rows:

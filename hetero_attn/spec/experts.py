@@ -46,9 +46,9 @@ class ExpertsSpec(LinearSpec):
             LinearSpec(f"{name}.down", "down", self.layer, self.width, (down,), self.has_bias),
         )
 
-    def routes_size(self, rows: int, expert_slots: int = 0) -> int:
-        """Numbers in the `Routes` of some rows beside so many expert slots, their weights apart."""
-        return 3 * rows * self.per_row + expert_slots + self.experts + 1
+    def routes_size(self, rows: int, copied: int = 0) -> int:
+        """Numbers in the `Routes` of some rows beside so many copies of experts, their weights apart."""
+        return 3 * rows * self.per_row + copied + self.experts + 1
 
     @cached_property
     def first(self) -> tuple[LinearSpec, LinearSpec]:

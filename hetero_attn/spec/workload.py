@@ -1,5 +1,6 @@
 """A model as the planner sees it: names, bytes and operations, read off its declaration."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -64,7 +65,9 @@ def build_workload(
         row_cuts=row_cuts,
         kv=kv,
         embed_bytes=0 if embed_shares_head or not model.owns_embedding else _embed_bytes(formats.embed, model),
-        resident_bytes=_resident_bytes(model, sizes) + _tables_bytes(kv, sizes, has_states=bool(states)),
+        resident_bytes=_resident_bytes(model, sizes)
+        + _tables_bytes(kv, sizes, has_states=bool(states))
+        + streamed_expert_table_bytes(linears),
         activation_bytes_per_row=widths.bytes_per_row,
         host_activation_bytes_per_row=widths.host_bytes_per_row,
         max_context=sizes.max_context,
@@ -153,6 +156,13 @@ def _embed_bytes(name: str, model: ModelSpec) -> int:
 def table_bytes(count: int) -> int:
     """What a step's table of `count` bytes takes in the tables' buffer: its size up to the next aligned address."""
     return round_up(count, TABLE_ALIGN_BYTES)
+
+
+def streamed_expert_table_bytes(linears: Iterable[LinearShard]) -> int:
+    """Bytes of the table of a pass that streams experts by their heat (`ops.streamed_experts`), of all layers that
+    may: as many int32 as there are experts twice, of all that such a layer may have in GPU memory and back."""
+    experts = [shard.units for shard in linears if shard.picks and shard.same_bits]
+    return table_bytes(4 * 2 * max(experts) * len(experts)) if experts else 0
 
 
 def step_table_bytes(layers: int, kv_heads: int, rows: int, batch: int, pages: int, has_states: bool = False) -> int:

@@ -21,7 +21,7 @@ from placement.plan.memory import (
 from placement.plan.phase import RESOURCE_WORDS, Prediction
 from placement.plan.rows import SOME, PlanRow, plan_rows, shown_rows
 from placement.plan.units import digits, format_bytes
-from placement.plan.warm import expert_slots_line
+from placement.plan.warm import expert_slots_line, streamed_experts_line
 from placement.plan.words import cpu_threads, wrapped
 from placement.plan.workload import NUM_ROW_TIERS, Workload
 
@@ -89,9 +89,13 @@ def plan_table(plan: ShownPlan, width: int) -> str:
         say(f"weights: {_formats(plan)}")
     console.print(_memory(plan, is_wide))
     batch_steps = 1 if plan.predicted is None else plan.predicted.decode.batch_steps
-    for line in (experts_line(plan.workload), expert_slots_line(plan.workload, plan.linears, batch_steps)):
-        if line:
-            say(line)
+    of_experts = (
+        experts_line(plan.workload),
+        expert_slots_line(plan.workload, plan.linears, batch_steps),
+        streamed_experts_line(plan.workload, plan.linears),
+    )
+    for line in filter(None, of_experts):
+        say(line)
     say(kv_line(plan))
     if plan.predicted is not None:
         for line in prediction_lines(plan.predicted, width):

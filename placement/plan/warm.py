@@ -8,7 +8,7 @@ from placement.plan.heat import by_gain
 from placement.plan.memory import LinearPlacement, expert_slot_bytes
 from placement.plan.shards import LinearShard
 from placement.plan.units import format_bytes
-from placement.plan.workload import Workload
+from placement.plan.workload import Workload, row_tier
 
 GIB = 1 << 30
 # Fitted to tables over drawn traces (2, 4, 8 and 10 of 64 to 512 experts, the published reuse and others) and a trained
@@ -113,6 +113,32 @@ def expert_slots_line(workload: Workload, linears: Sequence[LinearPlacement], ba
         f"{mean_hit_rate(workload, linears, batch_steps):.0%} of a token's picks ({source}), with 1 GiB more for them "
         f"{mean_hit_rate(workload, _with_more(workload, linears, GIB), batch_steps):.0%}"
     )
+
+
+def streams_some(placement: LinearPlacement, tier: int) -> bool:
+    """Whether a row tier streams some of the experts in DRAM, which may be any, and leaves some to the CPU."""
+    return 0 < placement.stream_units[tier] < placement.dram_units
+
+
+def streamed_experts_line(workload: Workload, linears: Sequence[LinearPlacement]) -> str:
+    """Which experts a prompt's chunk streams where it leaves some to the CPU, and what is known of them; empty where no
+    layer does so."""
+    tier = row_tier(workload.prefill_chunk)
+    pairs = [
+        (shard, placement)
+        for shard, placement in zip(workload.linears, linears, strict=True)
+        if shard.picks and streams_some(placement, tier)
+    ]
+    if not pairs:
+        return ""
+    counts = [placement.stream_units[tier] for _, placement in pairs]
+    each = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    what = f"experts streamed to prompts: {each} in each of {len(pairs)} layers"
+    if not all(shard.same_bits for shard, _ in pairs):
+        return f"{what}, always the same, as another lane gives their formats other bits"
+    if any(shard.heat is None or placement.expert_slots for shard, placement in pairs):
+        return f"{what}, those with the most rows before, predicted as if they were any"
+    return f"{what}, those with the most rows before, as profiled at first"
 
 
 def _with_more(workload: Workload, linears: Sequence[LinearPlacement], more_bytes: int) -> list[LinearPlacement]:

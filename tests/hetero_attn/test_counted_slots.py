@@ -20,7 +20,7 @@ from tests.support.runtime import emulated_plan, toy_workload
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = EXAMPLES / "tiny-moe"
-PROMPT, WARM, COUNTED = 60, 20, 80
+PROMPT, WARM, COUNTED, CHUNK = 60, 20, 80, 20
 NO_STREAM = (0,) * NUM_ROW_TIERS
 
 
@@ -86,3 +86,37 @@ def test_a_step_lasts_as_long_as_predicted(text_and_workload, bus_bytes_per_s, s
     assert 1 / predicted.tokens_per_s == pytest.approx(seconds, rel=tolerance)
     assert expert_slot_hits(workload, plan.linears, predicted.batch_steps) == pytest.approx(hits, abs=0.05)
     assert (hits > 0.2) == (slots > 0)
+
+
+def prompt_seconds(machine, tokens, workload, is_by_heat):
+    """Seconds of the chunks of a prompt that streams half of the experts, the first chunk left out, and the share of
+    the picks that those served."""
+    linears = [
+        LinearPlacement(s.name, 0, (0, 0, 0, 16, 16), s.units)
+        if s.picks
+        else LinearPlacement(s.name, s.units, NO_STREAM, s.units)
+        for s in workload.linears
+    ]
+    kv = [KvPlacement(s.name, s.kv_heads, workload.layer_tokens(s), s.kv_heads) for s in workload.kv]
+    with counted(MODEL, emulated_plan(workload, linears, kv), machine) as (engine, clock):
+        sequence, started = engine.kv_cache.open(), 0.0
+        for at in range(0, len(tokens), CHUNK):
+            if not is_by_heat:
+                engine._streamed_experts._heat[:] = 0.0
+            engine.prefill(sequence, tokens[at : at + CHUNK])
+            started = started or clock.now
+        return clock.now - started, engine.report.streamed_experts.served
+
+
+def test_a_prompt_waits_less_where_the_warm_experts_are_streamed(text_and_workload):
+    """Chunks of few rows, of which the cold experts have none: the CPU reads fewer experts."""
+    tokens, workload = text_and_workload
+    unknown = tuple(replace(shard, heat=None) for shard in workload.linears)
+    workload = replace(workload, linears=unknown, prefill_chunk=CHUNK)
+    machine = counted_machine(1e9, 8e9, 8e9)
+    (first, served_first), (warm, served_warm) = (
+        prompt_seconds(machine, tokens, workload, is_by_heat) for is_by_heat in (False, True)
+    )
+
+    assert served_warm > served_first + 0.05
+    assert warm < 0.95 * first

@@ -41,6 +41,10 @@ class GraphReplay:
         for each in filter(None, captured.values()):
             self._lanes.handover.forget(each.jobs)
 
+    def has_captured(self, tier: int) -> bool:
+        """Whether any step of a row tier was captured."""
+        return any(each is not None and each.step.tier == tier for each in self._captured.values())
+
     def run(self, step: Step) -> None:
         """Queue a decode step whose embedded rows and tables are on their way."""
         structure = _structure(step)

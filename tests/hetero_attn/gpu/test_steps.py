@@ -13,6 +13,7 @@ import torch
 
 from hetero_attn.devices.libcuda import CudaError
 from hetero_attn.errors import EngineDeadError
+from hetero_attn.lanes.staging import Piece
 from hetero_attn.ops.linear import LinearWeights
 from placement.plan.plan import Plan
 from placement.plan.workload import NUM_ROW_TIERS
@@ -146,7 +147,7 @@ def test_a_linear_passes_the_ring_in_as_many_pieces_as_it_needs(long_run, long_p
 
     assert plan.staging_slot_bytes == slot_bytes < long_plan.staging_slot_bytes
     assert max(len(each) for each in pieces) > 3
-    assert max(piece.nbytes for each in pieces for piece in each) <= slot_bytes
+    assert max(sum(run.nbytes for run in piece) for each in pieces for piece in each) <= slot_bytes
     assert nmse(actual, long_run.logits) <= 1e-11
 
 
@@ -154,11 +155,11 @@ def test_a_wrong_boundary_between_pieces_is_seen(long_run, long_plan, monkeypatc
     """Planted: every piece but the first begins a block too early, so some columns are another's."""
     pieces = LinearWeights.pieces
 
-    def shifted(self: LinearWeights, tier: int) -> Iterator[torch.Tensor]:
+    def shifted(self: LinearWeights, tier: int) -> Iterator[Piece]:
         whole = self.dram
-        for index, piece in enumerate(pieces(self, tier)):
+        for index, (piece,) in enumerate(pieces(self, tier)):
             start = (piece.data_ptr() - whole.data_ptr()) // whole.stride(0) - (index > 0)
-            yield whole[start : start + piece.shape[0]]
+            yield (whole[start : start + piece.shape[0]],)
 
     monkeypatch.setattr(LinearWeights, "pieces", shifted)
     with fake_engine(long_run.path, in_small_pieces(long_plan)) as engine:
