@@ -1,15 +1,18 @@
-"""What expert slots are expected to take from the CPU lane in a pass, and what keeping them up to date moves.
+"""What expert slots are expected to take from the CPU lane in a pass, and what keeping them up to date moves; and what
+the CPU's experts are chosen less than others where the warmest are streamed.
 
 A layer's curve says what share of a row's picks its slots serve (placement.plan.heat). Rows of several sequences choose
 apart from each other and share the slots, so each has its part of them; many rows of one prompt touch nearly every
 expert, of which the slots hold their share by number.
 """
 
+from typing import NamedTuple
+
 from placement.cost.terms import Call
 from placement.plan.memory import LinearPlacement
 from placement.plan.shards import LinearShard
-from placement.plan.warm import hit_rate, step_period
-from placement.plan.workload import Workload
+from placement.plan.warm import STILL_POPULAR, hit_rate, step_period, streams_some
+from placement.plan.workload import Workload, row_tier
 
 
 def expert_hits(
@@ -30,3 +33,29 @@ def inserted_experts(
         return 0.0
     touched, hits = shard.touched(call.rows, call.together), expert_hits(workload, shard, placement, call, batch_steps)
     return min(workload.inserts / batch_steps, touched * placement.dram_units * (1.0 - hits))
+
+
+class RowsOfLanes(NamedTuple):
+    """Rows that experts of either lane count as having, where an expert that is chosen as often as others has all."""
+
+    cpu: float
+    gpu: float
+
+
+def rows_of_lanes(shard: LinearShard, placement: LinearPlacement, rows: int) -> RowsOfLanes:
+    """Where a pass streams the experts that were warm before, those on the CPU are chosen less, those on the GPU more.
+
+    By a profile's most popular experts, of whose popularity STILL_POPULAR is left in another text; of those in DRAM as
+    of all, for which are at home on the GPU is not by heat. Nothing is known without a profile, nor where expert slots
+    hold some of the warmest already: then an expert on either lane counts as any.
+    """
+    any_lane = RowsOfLanes(rows, rows)
+    tier = row_tier(rows)
+    if shard.heat is None or not shard.same_bits or placement.expert_slots or not streams_some(placement, tier):
+        return any_lane
+    home, streamed, on_cpu = placement.cut(tier)
+    share = streamed / placement.dram_units
+    popular = shard.heat.fixed[streamed * shard.units // placement.dram_units]
+    left = (1.0 - share - STILL_POPULAR * (popular - share)) * placement.dram_units / shard.units
+    cpu, gpu = left * shard.units / on_cpu, (1.0 - left) * shard.units / (home + streamed)
+    return RowsOfLanes(rows * cpu, rows * gpu) if cpu < 1.0 else any_lane

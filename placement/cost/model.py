@@ -33,16 +33,21 @@ waits for what is brought into them: that takes the time that the bus has left, 
 it has too little for those of a step, a batch of copies takes several steps, and the slots serve less: some batches
 take a step more than others, as many as the bus has time for.
 
-All coefficients are linear in units, KV heads and bytes, so the planner optimises exactly what is predicted here.
+Of experts that are streamed by heat (placement.cost.experts) those left to the CPU have fewer rows than others, where a
+profile says so.
+
+All coefficients are linear in units, KV heads and bytes, so the planner optimises exactly what is predicted here, apart
+from expert slots and heat, by which plans are weighed once they are cut.
 """
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from math import fsum
 from typing import NamedTuple
 
 from placement.cost.attention import attention_cost, attention_handovers
-from placement.cost.experts import expert_hits, inserted_experts
+from placement.cost.experts import RowsOfLanes, expert_hits, inserted_experts, rows_of_lanes
 from placement.cost.tally import Tally, with_time_for_inserts
 from placement.cost.terms import (
     Call,
@@ -172,14 +177,8 @@ def _add_linear(tally: Tally, shard: LinearShard, placement: LinearPlacement, bl
     if placement.expert_slots:
         on_cpu *= 1.0 - expert_hits(workload, shard, placement, call, tally.batch_steps)
 
-    def computed() -> LinearCost:
-        if tally.on_gpu:
-            return stage_cost(shard, rows, workload.format_of(shard), hardware, block is not None, call.together)
-        call_s = cpu_call_s(call, hardware, False)
-        return linear_cost(shard, rows, workload.format_of(shard), hardware, False, call_s, call.together)
-
-    heat = shard.heat if call.together > 1 else None
-    cost = tally.once((shard.kind, shard.shape, block is not None, heat), computed)
+    of_lanes = rows_of_lanes(shard, placement, rows)
+    cost = _cost_by_heat(tally, shard, rows, of_lanes, block is not None)
     on_gpu = shard.units - on_cpu
     gpu_s = on_gpu * cost.gpu_s_per_unit if on_gpu else 0.0
     cpu_s, handover = on_cpu * cost.cpu_s_per_unit, cost.handover_s * (cpu_units > 0)
@@ -193,7 +192,7 @@ def _add_linear(tally: Tally, shard: LinearShard, placement: LinearPlacement, bl
     else:
         tally.add(tally.reads_s, on_cpu * cost.read_s_per_unit)
     in_dram = home + streamed if hardware.unified_memory else 0
-    from_dram = streamed * copy_passes(hardware) + shard.touched(rows, call.together) * (on_cpu + in_dram)
+    from_dram = streamed * copy_passes(hardware) + shard.touched(of_lanes.cpu, call.together) * (on_cpu + in_dram)
     tally.add(tally.lanes["dram"], from_dram * shard.unit_bytes / hardware.dram_bytes_per_s)
     tally.add(tally.lanes["pcie"], copy_s)
     tally.add(tally.before_head_s, copy_s * (not shard.is_head))
@@ -202,6 +201,34 @@ def _add_linear(tally: Tally, shard: LinearShard, placement: LinearPlacement, bl
         inserted = inserted_experts(workload, shard, placement, call, tally.batch_steps) * shard.unit_bytes
         tally.add(tally.inserts_s, inserted / hardware.h2d_bytes_per_s)
     return cpu_units
+
+
+def _cost_by_heat(tally: Tally, shard: LinearShard, rows: int, of_lanes: RowsOfLanes, paired: bool) -> LinearCost:
+    """What a linear costs whose units count as having other rows on either lane."""
+    cost = _cost_of_linear(tally, shard, rows, paired)
+    if of_lanes.cpu == rows:
+        return cost
+    cold, warm = (_cost_of_linear(tally, shard, each, paired) for each in of_lanes)
+    return replace(
+        cost,
+        cpu_s_per_unit=cold.cpu_s_per_unit,
+        read_s_per_unit=cold.read_s_per_unit,
+        gpu_s_per_unit=warm.gpu_s_per_unit,
+    )
+
+
+def _cost_of_linear(tally: Tally, shard: LinearShard, rows: float, paired: bool) -> LinearCost:
+    """What it costs where every unit counts as in a pass of so many rows; of equal linears it is worked out once."""
+    workload, hardware, call = tally.workload, tally.hardware, tally.call
+
+    def computed() -> LinearCost:
+        if tally.on_gpu:
+            return stage_cost(shard, rows, workload.format_of(shard), hardware, paired, call.together)
+        call_s = cpu_call_s(call, hardware, False)
+        return linear_cost(shard, rows, workload.format_of(shard), hardware, False, call_s, call.together)
+
+    heat = shard.heat if call.together > 1 else None
+    return tally.once((shard.kind, shard.shape, paired, heat, rows), computed)
 
 
 def _add_attention(tally: Tally, shard: KvShard, placement: KvPlacement, cpu_qkv_units: int, block: str | None) -> None:

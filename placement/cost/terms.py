@@ -91,7 +91,7 @@ class LinearCost:
 
 
 def cpu_linear_s_per_unit(
-    shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile, together: int = 1
+    shard: LinearShard, rows: float, dtype: str, hardware: HardwareProfile, together: int = 1
 ) -> float:
     """CPU lane: unit_bytes / B_cpu while bandwidth bounds it, rows * operations / F_cpu when arithmetic does.
 
@@ -109,7 +109,7 @@ def cpu_linear_s_per_unit(
 
 
 def gpu_linear_s_per_unit(
-    shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile, together: int = 1
+    shard: LinearShard, rows: float, dtype: str, hardware: HardwareProfile, together: int = 1
 ) -> float:
     """GPU lane: unit_bytes / B_gpu or rows * operations / F_gpu, whichever is longer; measured by rows, read from
     that; of experts as on the CPU."""
@@ -136,7 +136,7 @@ def _unit_s(
     return max(shard.unit_bytes / bytes_per_s, rows * shard.flops_per_row_per_unit / operations_per_s)
 
 
-def handover_s(rows: int, in_features: int, out_features: float, hardware: HardwareProfile) -> float:
+def handover_s(rows: float, in_features: int, out_features: float, hardware: HardwareProfile) -> float:
     """Hand-over of a stage: fixed cost + input rows to the host + output rows back."""
     down = rows * in_features * BYTES_PER_ACTIVATION / hardware.d2h_bytes_per_s
     up = rows * out_features * BYTES_PER_ACTIVATION / hardware.h2d_bytes_per_s
@@ -170,7 +170,7 @@ def cpu_call_s(call: Call, hardware: HardwareProfile, on_gpu: bool) -> float:
 
 def linear_cost(
     shard: LinearShard,
-    rows: int,
+    rows: float,
     dtype: str,
     hardware: HardwareProfile,
     on_gpu: bool,
@@ -196,7 +196,7 @@ def linear_cost(
 
 
 def stage_cost(
-    shard: LinearShard, rows: int, dtype: str, hardware: HardwareProfile, paired: bool, together: int = 1
+    shard: LinearShard, rows: float, dtype: str, hardware: HardwareProfile, paired: bool, together: int = 1
 ) -> LinearCost:
     """Coefficients of one linear beside a GPU. paired: it is part of a paired block, into which only rows go, before
     its first linear, and out of which a whole partial sum comes, after its last. together: as in `Call`."""

@@ -138,7 +138,7 @@ class Figures:
         rates = self.gpu_int8_ops_per_s, self.gpu_flops.bf16, self.gpu_bytes_per_s
         return {name: rows or int8_rows_by_rates(name, *rates) for name, rows in measured.items()}
 
-    def gpu_ops_per_s(self, dtype: str, rows: int) -> float:
+    def gpu_ops_per_s(self, dtype: str, rows: float) -> float:
         """Operations a second of a linear of many rows, in int8 or in bf16 as `int8_rows` says."""
         if self.gpu_int8_ops_per_s and rows <= self.int8_rows.get(dtype, 0):
             return self.gpu_int8_ops_per_s

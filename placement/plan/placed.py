@@ -52,9 +52,10 @@ def placed_layers(
 
 
 def _cut(shard: LinearShard, placement: LinearPlacement, drafts: bool) -> tuple[object, ...]:
-    """What of a placement a cost depends on, with how warm experts are where some are in expert slots or rows are
-    neighbours."""
-    warm = (placement.expert_slots, shard.heat) if placement.expert_slots or drafts else ()
+    """What of a placement a cost depends on, with how warm experts are where some are in expert slots or streamed by
+    heat, or rows are neighbours."""
+    is_by_heat = placement.expert_slots or drafts or (shard.picks and placement.streams)
+    warm = (placement.expert_slots, shard.heat) if is_by_heat else ()
     return placement.gpu_units, placement.stream_units, *warm
 
 

@@ -56,7 +56,7 @@ class LinearShard:
         """Whether it runs only on the rows of which logits are wanted."""
         return self.layer is None
 
-    def touched(self, rows: int, together: int = 1) -> float:
+    def touched(self, rows: float, together: int = 1) -> float:
         """Expected share of the units that a call of so many rows reads: of experts 1 - (1 - picks / units)^rows.
 
         together: how many of the rows are a sequence's neighbours, which choose experts of each other as their heat
@@ -67,7 +67,7 @@ class LinearShard:
         one = self.picks if together == 1 else distinct_experts(self.heat or self._assumed, self.picks, together)
         return 1.0 - (1.0 - one / self.units) ** (rows / together)
 
-    def rows_of_one(self, rows: int, together: int = 1) -> float:
+    def rows_of_one(self, rows: float, together: int = 1) -> float:
         """Expected rows of a unit that a call of so many rows reads; together as in `touched`."""
         return rows * self.picks / (self.units * self.touched(rows, together)) if self.picks else rows
 
