@@ -5,7 +5,7 @@ added across lanes once per output. Stage 0 (bf16 only) rounds the input rows to
 multiplies bf16 it also widens them for several, even inputs apart from odd ones, so that only weights are widened in
 the loop.
 Stage 1 hands out ranges of blocks. At few rows a thread reads the weights as one linear stream; at many, panels of rows
-pass over a range kept in cache, or, of bf16 on 256 bits, over weights that were turned (panels/turned.py).
+pass over a range kept in cache, or, of bf16 that the CPU cannot multiply, over turned weights (panels/turned.py).
 """
 
 from numba import types
@@ -13,7 +13,7 @@ from numba import types
 from cpu_kernels.linear.dot_blocks import block_times_row, block_times_rows, line_of
 from cpu_kernels.linear.panels.places import spread_area
 from cpu_kernels.linear.panels.turned import turned_rows
-from cpu_kernels.linear.sizes import SEGMENT_INPUTS
+from cpu_kernels.linear.sizes import SEGMENT_INPUTS, turns_rows
 from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
 from cpu_kernels.vectors.compiler import helper
@@ -181,7 +181,7 @@ def linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
     prepare = rounded_rows(isa, tile) if is_rounded else rows_as_they_are
     multiply = rows_over_range(isa, weight_dtype, features, tile, is_rounded)
 
-    turned = turned_rows() if is_rounded and isa.has_avx2 and tile > 1 else no_rows
+    turned = turned_rows(isa) if turns_rows(isa, weight_dtype) and tile > 1 else no_rows
 
     def kernel(arguments, thread):
         x, x_stride = prepare(arguments)

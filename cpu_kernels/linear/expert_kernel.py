@@ -17,7 +17,7 @@ from cpu_kernels.linear.panels.places import spread_area
 from cpu_kernels.linear.panels.turned import turned_rows
 from cpu_kernels.linear.q_kernel import groups_times_panel
 from cpu_kernels.linear.records import panel_of, row_quantiser
-from cpu_kernels.linear.sizes import SEGMENT_GROUPS, record_bytes, spread_rows
+from cpu_kernels.linear.sizes import SEGMENT_GROUPS, record_bytes, spread_rows, turns_rows
 from cpu_kernels.small.picks import busy_expert, busy_experts, expert_of
 from cpu_kernels.team.arguments import EXPERT_LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
@@ -167,7 +167,7 @@ def expert_linear_dot(isa: Isa, weight_dtype: str, features: int, tile: int):
     is_bf16 = weight_dtype == "bf16"
     keep = (keep_widened if shape.is_widened else keep_rounded) if is_bf16 else keep_as_it_is
     over_rows = rows_over_range(isa, weight_dtype, features, tile)
-    turned = turned_rows() if is_bf16 and isa.has_avx2 else no_rows
+    turned = turned_rows(isa) if turns_rows(isa, weight_dtype) else no_rows
 
     @helper
     def row_bytes_of(in_features):

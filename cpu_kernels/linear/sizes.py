@@ -12,6 +12,7 @@ PIECE_INPUTS = 4096  # inputs per piece: a panel of rows and a block of weights 
 WIDE_PIECE_INPUTS = 1024  # the same where inputs are float32: a panel of six rows takes 24 KiB
 SPREAD_ROWS = 64  # from so many rows on codes are spread to bytes before they are multiplied (forms/spread.py)
 TURNED_ROWS = 60  # from so many rows on weights of bf16 are turned on 256 bits (panels/turned.py)
+WIDE_TURNED_ROWS = 96  # the same with AVX-512, where fewer are as fast along the inputs
 TURNED_INPUTS = 256  # at a time: as float32 of 16 features they take half of the first level
 NUMBER_ROWS = 6  # and codes that are numbers made float32: a whole tile (forms/number_tiles.py)
 SPREAD_BYTES = 192 << 10  # working memory of a thread for it: two blocks of a piece or more, in the second level
@@ -27,13 +28,18 @@ def record_bytes(isa: Isa, item: WeightFormat) -> int:
     return 64 + 4 + 4 * (4 if is_of_16 else 2)
 
 
+def turns_rows(isa: Isa, weight_dtype: str) -> bool:
+    """Whether many rows multiply weights that were turned: bf16 that the CPU cannot multiply (panels/turned.py)."""
+    return weight_dtype == "bf16" and not isa.has_bf16 and (isa.has_avx2 or isa.has_avx512)
+
+
 def spread_rows(isa: Isa, item: WeightFormat) -> int:
     """From how many rows on they multiply what is made of a format's codes once for all of them; 0 where none do."""
     if item.has_float_codes:
         return NUMBER_ROWS if isa.has_avx2 or isa.has_avx512 else 0
+    if turns_rows(isa, item.name):
+        return WIDE_TURNED_ROWS if isa.has_avx512 else TURNED_ROWS
     if not isa.has_avx2:
         return 0
-    if item.plane == "bf16":
-        return TURNED_ROWS
     gains = item.plane in SPREAD_PLANES and (item.plane != "u4" or item.header in SPREAD_NIBBLES)
     return SPREAD_ROWS if gains else 0

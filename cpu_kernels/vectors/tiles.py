@@ -68,18 +68,21 @@ def sums_so_far(count: int):
     return begin
 
 
+def add_where(b, value, source, wanted):
+    """value + what is at `source` if `wanted` is not 0, else value. `value` is any float LLVM vector."""
+    before = b.block
+    with b.if_then(b.icmp_signed("!=", wanted, ZERO64)):
+        added = b.fadd(value, load_as(b, source, value.type))
+        inside = b.block
+    merged = b.phi(value.type)
+    merged.add_incoming(value, before)
+    merged.add_incoming(added, inside)
+    return merged
+
+
 def add_and_store(b, value, bias, out, accumulate):
     """out = value + bias, or out += that; bias 0 means none. `value` is any float LLVM vector."""
-    for source, wanted in ((bias, b.icmp_signed("!=", bias, ZERO64)), (out, b.icmp_signed("!=", accumulate, ZERO64))):
-        before = b.block
-        with b.if_then(wanted):
-            added = b.fadd(value, load_as(b, source, value.type))
-            inside = b.block
-        merged = b.phi(value.type)
-        merged.add_incoming(value, before)
-        merged.add_incoming(added, inside)
-        value = merged
-    store_as(b, value, out)
+    store_as(b, add_where(b, add_where(b, value, bias, bias), out, accumulate), out)
 
 
 def finish_features(rows: int):
