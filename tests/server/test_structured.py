@@ -214,26 +214,59 @@ FORMS += [
 FORMS += [AnswerFormat("harmony", None, is_harmony=True)]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name + "-2" * (form.is_fenced or form.is_named))
-def test_a_forced_call_is_read_as_one_in_every_form(form):
-    """Random answers that the grammar allows, by the family's own parser."""
+in_every_form = pytest.mark.parametrize(
+    "form", FORMS, ids=lambda form: form.name + "-2" * (form.is_fenced or form.is_named)
+)
+
+
+def drawn_call(form, tools, seed):
+    """A random answer that the grammar of a forced call allows, as the family's own parser reads it: its one call."""
     import torch
 
     tokenizer = Tokenizer.open(TINY)
-    grammars, tools = Grammars(tokenizer, 4096, tokenizer.eos_token_ids), tools_of([LOOK, WAIT], "required", True)
+    grammars = Grammars(tokenizer, 4096, tokenizer.eos_token_ids)
     params = SamplingParams(grammar=call_grammar(form, tools, grammars.mark))
-    for seed in range(4):
-        mask, ids, draw = grammars.mask(params), [], torch.Generator().manual_seed(seed)
-        while not ids or ids[-1] not in tokenizer.eos_token_ids:
-            allowed = mask.allowed(ids).nonzero().flatten()
-            ids.append(int(allowed[torch.randint(len(allowed), (), generator=draw)]))
-            assert len(ids) < 400
-        answer = answer_of(form.name, [tokenizer.decode(ids[:-1])], tools=tools)
+    mask, ids, draw = grammars.mask(params), [], torch.Generator().manual_seed(seed)
+    while not ids or ids[-1] not in tokenizer.eos_token_ids:
+        allowed = mask.allowed(ids).nonzero().flatten()
+        ids.append(int(allowed[torch.randint(len(allowed), (), generator=draw)]))
+        assert len(ids) < 400
+    answer = answer_of(form.name, [tokenizer.decode(ids[:-1])], tools=tools)
 
-        (call,) = answer.calls
+    (call,) = answer.calls
+    assert answer.text == ""
+    return call
+
+
+@in_every_form
+def test_a_forced_call_is_read_as_one_in_every_form(form):
+    """Random answers that the grammar allows, by the family's own parser."""
+    for seed in range(4):
+        call = drawn_call(form, tools_of([LOOK, WAIT], "required", True), seed)
         arguments = json.loads(call.arguments)
-        assert answer.text == "" and call.name in ("look", "wait")
+
+        assert call.name in ("look", "wait")
         assert arguments["at"] in ("é", "b") if call.name == "look" else isinstance(arguments["s"], bool)
+
+
+@in_every_form
+def test_a_forced_calls_schema_may_refer_to_parts_of_itself(form):
+    """Schemas made from Python types name their parts under $defs; a call that was forced was a 400: "does not exist".
+    The property's own name says nothing of what it holds."""
+    kind = {"$ref": "#/$defs/Kind"}
+    parameters = {
+        "$defs": {
+            "Kind": {"enum": ["x", "y"]},
+            "Kinds": {"type": "array", "items": kind, "minItems": 1, "maxItems": 2},
+        },
+        "type": "object",
+        "properties": {"default": kind, "all": {"anyOf": [{"$ref": "#/$defs/Kinds"}]}, "as": {"const": kind}},
+        "required": ["default", "all", "as"],
+    }
+    call = drawn_call(form, tools_of([{"name": "go", "parameters": parameters}], "required", True), 0)
+    arguments = json.loads(call.arguments)
+
+    assert arguments["default"] in ("x", "y") and {*arguments["all"]} <= {"x", "y"} and arguments["as"] == kind
 
 
 def test_langchain_streams_calls_and_parses(tooled):

@@ -19,6 +19,9 @@ MOST_CALLS = 16  # in one answer, so that a model that goes on calling ends
 # What vLLM's `structured_outputs` calls the forms of an answer; `choice` becomes a grammar.
 STRUCTURED = {"json": "json_schema", "regex": "regex", "grammar": "grammar", "choice": "grammar"}
 Mark = Callable[[str], str]
+# Of a JSON schema: where it holds schemas by names that are anybody's, and where values that are no schemas.
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_VALUES = ("const", "enum", "default", "examples")
 
 
 def format_wishes(kind: str, schema: Any, field: str) -> dict[str, Any]:
@@ -137,10 +140,27 @@ def _call(form: AnswerFormat, name: str, schema: Mapping[str, Any], mark: Mark) 
 
 
 def _named(name: str, field: str, schema: Mapping[str, Any]) -> str:
-    properties = {"name": {"const": name}, field: dict(schema)}
+    properties = {"name": {"const": name}, field: _moved(schema, f"#/properties/{field}")}
     return _schema(
         {"type": "object", "properties": properties, "required": ["name", field], "additionalProperties": False}
     )
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema that stands at a place of another one, where it refers to parts of itself from that one's root."""
+    if isinstance(schema, list):
+        return [_moved(each, place) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found = {}
+    for key, value in schema.items():
+        if key in _BY_NAME and isinstance(value, Mapping):
+            found[key] = {name: _moved(each, place) for name, each in value.items()}
+        elif key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
+            found[key] = place + value[1:]
+        else:
+            found[key] = value if key in _VALUES else _moved(value, place)
+    return found
 
 
 def _schema(schema: Mapping[str, Any]) -> str:
