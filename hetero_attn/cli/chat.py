@@ -80,7 +80,7 @@ def take(talk: Conversation, line: str) -> bool:
         return False
     if command == "/regen":
         question = talk.last_question()
-        note("there is no question yet") if question is None else answer(talk, question)
+        note("there is no question yet") if question is None else answer(talk, question, anew=True)
     elif command is not None:
         run_command(command, line.partition(" ")[2].strip(), talk, note)
     else:
@@ -88,9 +88,10 @@ def take(talk: Conversation, line: str) -> bool:
     return True
 
 
-def answer(talk: Conversation, question: str) -> None:
-    """Stream the answer to a question; what was printed of it becomes part of the conversation."""
-    pieces, dropped = talk.ask(question)
+def answer(talk: Conversation, question: str, anew: bool = False) -> None:
+    """Stream the answer to a question; what was printed of it becomes part of the conversation. anew: in place of the
+    last one."""
+    pieces, dropped = talk.ask(question, anew)
     if dropped:
         note(f"the context is full: the {dropped} oldest messages were dropped (--context holds more)")
     text, last = "", None

@@ -26,6 +26,7 @@ HELP = {
 }
 OTHER_NAMES = {"/bye": "/exit", "/quit": "/exit", "/clear": "/reset", "/?": "/help"}
 NEAR, NEAR_WITH_MORE = 0.6, 0.8  # how much of a word a command must share; more where a message may be meant
+TEXTS = ("stop", "json_schema", "regex", "grammar", "grammar_after")  # parameters whose values no number is
 WORDS = {"on": True, "true": True, "off": False, "false": False, "none": None}
 
 
@@ -98,7 +99,8 @@ def _set(argument: str, talk: Conversation, say: Callable[[str], None]) -> None:
         return
     name, _, text = argument.partition(" ")
     name = name.lstrip("-").replace("-", "_")  # as errors and the shell's options spell it
-    value = parse_value(text.strip())
+    text = text.strip()
+    value = text if name in TEXTS and text.lower() != "none" else parse_value(text)
     if name in names:
         talk.params = replace(talk.params, **{name: value})
     elif name in (getattr(talk.llm.tokenizer, "chat_template", None) or ""):
@@ -107,8 +109,7 @@ def _set(argument: str, talk: Conversation, say: Callable[[str], None]) -> None:
         near = difflib.get_close_matches(name, names, 1)
         hint = f"; did you mean {near[0]}" if near else ""
         raise PromptError(
-            f"{name} is neither a sampling parameter nor a variable of the chat template{hint}. Sampling parameters: "
-            f"{', '.join(names)}"
+            f"{name} is neither a sampling parameter nor a variable of the chat template{hint}; /set alone lists them"
         )
     say(f"{name} is {value}")
 
