@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -146,6 +147,8 @@ class Loading:
     def llm(self, model: str, **more: Any) -> LLM:
         """Load a model, with more arguments of `LLM`; says on stderr what takes time. Raises what `LLM` raises."""
         with collector_at_rest():
+            # Before torch, whose C code takes a Ctrl-C inside this import for a numpy that is missing, and goes on.
+            import_module("numpy")
             from hetero_attn import LLM
 
             return LLM(model, progress=True, **self.arguments() | more)

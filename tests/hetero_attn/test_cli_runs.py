@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -117,6 +118,30 @@ def test_ctrl_c_ends_a_generation_with_130_and_no_traceback() -> None:
 
     assert (len(first), process.returncode) == (1, 130)
     assert "Traceback" not in errors
+
+
+INTERRUPTED_IMPORT = """
+import sys
+
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy":
+            sys.meta_path.remove(self)
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted())
+from hetero_attn.cli import main
+main()
+"""
+
+
+def test_ctrl_c_while_numpy_is_imported_ends_the_command() -> None:
+    """Torch imports it in C code, which took the interruption for a numpy that is missing: the model was loaded, and a
+    chat waited for its first question."""
+    command = [sys.executable, "-c", INTERRUPTED_IMPORT, "chat", TINY, "--device", "cpu"]
+    ended = subprocess.run(command, cwd=ROOT, input="", capture_output=True, text=True, check=False)
+
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize("drafts", [(), ("--speculate", "ngram")])
