@@ -103,10 +103,11 @@ def speed_line(metrics: Metrics) -> str:
     """Tokens and tokens/s of both phases in one line."""
     cached = f" ({metrics.cached_prompt_tokens} cached)" if metrics.cached_prompt_tokens else ""
     drafts = f"; {metrics.accepted_tokens} of {metrics.drafted_tokens} drafts right" if metrics.drafted_tokens else ""
+    decode = f", {metrics.decode_tokens_per_s:.1f} tokens/s" if metrics.decode_tokens_per_s else ""  # of one, none
     first = f"; first token after {metrics.time_to_first_token_s:.2f} s" if metrics.time_to_first_token_s else ""
     return (
         f"prefill {metrics.prompt_tokens} tokens{cached}, {metrics.prefill_tokens_per_s:.1f} tokens/s; "
-        f"decode {metrics.generated_tokens} tokens, {metrics.decode_tokens_per_s:.1f} tokens/s{drafts}{first}"
+        f"decode {metrics.generated_tokens} tokens{decode}{drafts}{first}"
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import hetero_attn
 import hetero_attn.tools
+from hetero_attn.serving.request import Metrics
 from tests.support.command import FakeLLM, contents, run
 
 
@@ -19,6 +20,14 @@ def test_generate_streams_text_to_stdout_and_speed_to_stderr(fake: type[FakeLLM]
     assert (result.exit_code, result.stdout) == (0, "Once upon a time\n")
     assert result.stderr == "prefill 3 tokens, 6.0 tokens/s; decode 5 tokens, 2.0 tokens/s\n"
     assert fake.made[0].closed
+
+
+def test_an_answer_of_one_token_has_no_speed_of_decoding(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was told as 0.0 tokens/s."""
+    one = Metrics(prompt_tokens=3, generated_tokens=1, prefill_s=0.5, decode_s=0.0)
+    monkeypatch.setattr("tests.support.command.METRICS", one)
+
+    assert run("generate", "m", "-p", "Tell").stderr == "prefill 3 tokens, 6.0 tokens/s; decode 1 tokens\n"
 
 
 def test_generate_passes_every_option_on(fake: type[FakeLLM]) -> None:
