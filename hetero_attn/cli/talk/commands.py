@@ -100,7 +100,7 @@ def _set(argument: str, talk: Conversation, say: Callable[[str], None]) -> None:
     name, _, text = argument.partition(" ")
     name = name.lstrip("-").replace("-", "_")  # as errors and the shell's options spell it
     text = text.strip()
-    value = text if name in TEXTS and text.lower() != "none" else parse_value(text)
+    value: Any = text if name in TEXTS and text.lower() != "none" else parse_value(text)
     if name in names:
         talk.params = replace(talk.params, **{name: value})
     elif name in (getattr(talk.llm.tokenizer, "chat_template", None) or ""):
