@@ -62,6 +62,8 @@ class ServerMetrics:
             self._aborted.labels("error" if request.error else "client").inc()
             return
         self._ended.labels(request.finish_reason).inc()
+        if request.scores is not None:  # which no token follows that would tell of it
+            self._prompt.inc(len(request.prompt_token_ids))
         metrics = request.metrics
         if not metrics.generated_tokens:
             return

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hetero_attn.serving.sampling_params import SamplingParams
+from tests.server.test_lifecycle import gauges
 from tests.support.names import case_name
 
 QUESTION = [{"role": "user", "content": "What is a list?"}]
@@ -80,6 +81,29 @@ def test_several_choices_differ_and_each_is_repeatable(http):
 
     assert texts[0] == texts[1] == [joined(streamed, choice) for choice in range(3)]
     assert len(set(texts[0])) == 3
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/api/chat"])
+def test_a_seed_of_minus_one_leaves_answers_to_chance(http, path):
+    """It was taken for 2**63 - 1: every answer was the same."""
+    chance = {"temperature": 1.0, "seed": -1}
+    body = {"messages": QUESTION, "max_tokens": 24, **chance}
+    if path == "/api/chat":
+        body = {"messages": QUESTION, "stream": False, "options": {"num_predict": 24, **chance}}
+    elif path == "/v1/completions":
+        body = {"prompt": "A list is", "max_tokens": 24, **chance}
+    answers = [post(http, path, **body) for _ in range(4)]
+    texts = {str(each.get("message") or each["choices"]) for each in answers}
+
+    assert len(texts) > 1
+
+
+def test_scored_prompts_are_counted(http, server):
+    """Their tokens were in no counter."""
+    before = gauges(server.url)["vllm:prompt_tokens_total"]
+    answer = post(http, "/v1/completions", prompt=["A list is", "A set"], echo=True, logprobs=0, max_tokens=0)
+
+    assert gauges(server.url)["vllm:prompt_tokens_total"] - before == answer["usage"]["prompt_tokens"] > 0
 
 
 def test_logprobs_are_the_models_own(http, server):

@@ -156,6 +156,17 @@ def test_tokens_are_counted_as_the_request_will_have_them(http):
     assert long.json()["input_tokens"] > 600, "what is beyond the context can be counted, too"
 
 
+def test_a_message_without_a_block_is_an_empty_one(http):
+    """It met an IndexError: 500."""
+    counted = [
+        http.post("/v1/messages/count_tokens", json={"messages": [{"role": "user", "content": content}]})
+        for content in ([], "", [{"type": "text", "text": ""}])
+    ]
+
+    assert [each.status_code for each in counted] == [200] * 3
+    assert len({each.json()["input_tokens"] for each in counted}) == 1
+
+
 def test_a_clients_changing_line_is_no_part_of_the_prompt(http):
     def count(*texts: str) -> int:
         system = [{"type": "text", "text": text} for text in texts]

@@ -71,9 +71,7 @@ class SamplingFields(Fields):
 
     def wishes(self, max_tokens: int | None) -> dict[str, Any]:
         """The given ones, by their name in `SamplingParams`."""
-        found = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
-        if self.seed is not None:
-            found["seed"] = self.seed & LARGEST_SEED
+        found = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None} | seed_wish(self.seed)
         if max_tokens is not None:
             found["max_tokens"] = max_tokens
         return found | structured_wishes(self.structured_outputs or {})
@@ -115,6 +113,11 @@ def check_model(service: Service, model: str | None) -> None:
     """Any name does where one model is served, the empty one does not. Raises ApiError."""
     if model == "":
         raise ApiError(400, f"model is empty; it is called {service.model_name}", param="model")
+
+
+def seed_wish(seed: int | None) -> dict[str, int]:
+    """A client's seed, any whole number, by its name in `SamplingParams`; -1 leaves each answer to chance, as there."""
+    return {} if seed in (None, -1) else {"seed": seed & LARGEST_SEED}
 
 
 def new_id(prefix: str) -> str:

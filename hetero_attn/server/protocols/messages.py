@@ -160,5 +160,5 @@ def _other(message: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]], wher
         text = text_of(content, f"{where}.{place}.content") if isinstance(content, (str, list)) else json.dumps(content)
         failed = "Error: " if block.get("is_error") else ""
         yield {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": failed + text}
-    if said:
+    if said or not blocks:  # a message without a block is an empty one
         yield {"role": message.get("role"), "content": text_of(said, where)}

@@ -13,13 +13,12 @@ from hetero_attn.server.dialogue.messages import template_messages
 from hetero_attn.server.dialogue.tools import tools_of
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.generation import Generation
-from hetero_attn.server.protocols.fields import Fields, check_model, count_unknown
+from hetero_attn.server.protocols.fields import Fields, check_model, count_unknown, seed_wish
 from hetero_attn.server.protocols.ollama_lines import LINES, OllamaWriter, timestamp
 from hetero_attn.server.protocols.reply import reply
 from hetero_attn.server.service import Service
 from hetero_attn.server.sse import JsonAnswer
 from hetero_attn.server.turn import Conversation, Turn
-from hetero_attn.serving.sampling_params import LARGEST_SEED
 
 VERSION = "0.12.6"  # of Ollama's own, whose requests are understood: clients refuse to speak to older ones
 _OPTIONS = {
@@ -179,10 +178,8 @@ def _wishes(body: Asking) -> dict[str, Any]:
             raise ApiError(400, f"options.{name} is {value!r:.40}; it must be a whole number", param=f"options.{name}")
     if limit is not None and limit > 0:  # else as long as there is room
         found["max_tokens"] = limit
-    if seed is not None:
-        found["seed"] = seed & LARGEST_SEED
     kind = "text" if not body.format else "json_object" if body.format == "json" else "json_schema"
-    return found | format_wishes(kind, body.format, "format")
+    return found | seed_wish(seed) | format_wishes(kind, body.format, "format")
 
 
 def _thinking(body: Asking) -> dict[str, Any]:
