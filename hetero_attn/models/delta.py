@@ -81,7 +81,8 @@ class DeltaNet(DeltaDeclaration, Block):
         gates = work.of(GATES, matrix.shape[0]).main
         if lanes.device is None:
             packed = matrix.view(torch.uint8).view(matrix.shape[0] // BLOCK_FEATURES, -1)
-            # A row's sum is in another order where several are computed at once: then drafts would change last bits.
+            # A row's sum is in another order where several are computed at once: drafts would change last bits, and so
+            # would their absence from a step of several sequences.
             rows = 1 if run.step.is_one_by_one and run.step.rows <= EXACT_ROWS else run.step.rows
             for x, out in zip(normed.split(rows), gates.split(rows), strict=True):
                 lanes.host_ops.linear(x, packed, "fp32", None, out)
