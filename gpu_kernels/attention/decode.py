@@ -49,6 +49,33 @@ def _attend(query, keys, rows, form, split, between, QUERIES: tl.constexpr, BLOC
     return normalised(maximum, total, acc)
 
 
+@triton.jit
+def _splits_of(first, stop, min_blocks, BLOCK_N: tl.constexpr):
+    """(first block, blocks, blocks of a split, splits) of the positions from `first` to before `stop`."""
+    first_block = first // BLOCK_N
+    num_blocks = tl.cdiv(stop, BLOCK_N) - first_block
+    split_blocks = tl.maximum(tl.cdiv(num_blocks, tl.num_programs(1)), min_blocks)
+    return first_block, num_blocks, split_blocks, tl.maximum(tl.cdiv(num_blocks, split_blocks), 1)
+
+
+@triton.jit
+def _arrive(result, parts, pair, split, num_splits, target, MERGE_STEP: tl.constexpr):
+    """Store the (out, lse) of a split; the last split of KV head `pair` to arrive merges all into `target`. parts:
+    (partial, partial_lse, arrivals)."""
+    partial, partial_lse, arrivals = parts
+    QUERIES_PER_KV: tl.constexpr = target.QUERIES_PER_KV
+    rows, dims = tl.arange(0, result[0].shape[0]), tl.arange(0, target.HEAD_PAD)
+    live = (rows < QUERIES_PER_KV)[:, None] & (dims < target.HEAD_DIM)[None, :]
+    first_split = pair.to(tl.int64) * tl.num_programs(1)
+    part = (first_split + split) * QUERIES_PER_KV + rows
+    tl.store(partial + part[:, None] * target.HEAD_DIM + dims[None, :], result[0], mask=live)
+    tl.store(partial_lse + part, result[1], mask=rows < QUERIES_PER_KV)
+    tl.debug_barrier()  # every thread has stored its part before one of them says so
+    if tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
+        merge_splits(partial, partial_lse, first_split, num_splits, target, MERGE_STEP)
+        tl.store(arrivals + pair, 0)
+
+
 @Kernel
 @triton.jit(do_not_specialize=["num_kv_heads", "min_blocks"])
 def _decode_attention_kernel(
@@ -98,13 +125,9 @@ def _decode_attention_kernel(
     kv_head = pair % num_kv_heads
     first = tl.load(kv_start + batch)
     stop = tl.load(kv_stop + batch)
-    first_block = first // BLOCK_N
-    num_blocks = tl.cdiv(stop, BLOCK_N) - first_block
-    split_blocks = tl.maximum(tl.cdiv(num_blocks, tl.num_programs(1)), min_blocks)
-    num_splits = tl.maximum(tl.cdiv(num_blocks, split_blocks), 1)
+    first_block, num_blocks, split_blocks, num_splits = _splits_of(first, stop, min_blocks, BLOCK_N)
     if split >= num_splits:
         return
-
     rows = tl.arange(0, QUERIES_PAD)
     dims = tl.arange(0, HEAD_PAD)
     heads = kv_head * QUERIES_PER_KV + rows
@@ -129,21 +152,15 @@ def _decode_attention_kernel(
         tl.store(out + rows[:, None] * out_head_stride + dims[None, :], result, mask=live)
         tl.store(lse + rows * lse_head_stride, result_lse, mask=rows < QUERIES_PER_KV)
     elif SPLITS:
-        first_split = pair.to(tl.int64) * tl.num_programs(1)
-        part = (first_split + split) * QUERIES_PER_KV + rows
-        tl.store(partial + part[:, None] * HEAD_DIM + dims[None, :], result, mask=live)
-        tl.store(partial_lse + part, result_lse, mask=rows < QUERIES_PER_KV)
-        tl.debug_barrier()  # every thread has stored its part before one of them says so
-        if tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
-            merge_splits(
-                partial,
-                partial_lse,
-                first_split,
-                num_splits,
-                Heads(out, lse, out_head_stride, lse_head_stride, QUERIES_PER_KV, HEAD_DIM, HEAD_PAD),
-                MERGE_STEP,
-            )
-            tl.store(arrivals + pair, 0)
+        _arrive(
+            (result, result_lse),
+            (partial, partial_lse, arrivals),
+            pair,
+            split,
+            num_splits,
+            Heads(out, lse, out_head_stride, lse_head_stride, QUERIES_PER_KV, HEAD_DIM, HEAD_PAD),
+            MERGE_STEP,
+        )
 
 
 def decode_attention(q: Tensor, pages: Pages, keys: RowKeys, scale: float, into: Partial, cap: float = 0.0) -> None:

@@ -19,6 +19,7 @@ the compiler would turn the layout of the whole state round to that of the taps,
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -50,17 +51,25 @@ def _decay(rate, value):
     return ordered_exp(rate * (tl.maximum(value, 0.0) + 2.0 * s * series))
 
 
+class Inputs(NamedTuple):
+    """What the convolution reads beside a row: a sequence's kept inputs, where they go, the taps and their strides."""
+
+    kept: Any
+    to: Any
+    conv: Any
+    conv_tap: Any
+    conv_feature: Any
+
+
 @triton.jit
-def _convolved(
-    new, kept, to, conv, columns, features, inside, conv_tap, conv_feature, WIDTH: tl.constexpr, TAPS: tl.constexpr
-):
-    """What the convolution makes of `columns` of a unit, which are its `features`; the kept inputs move up, to `to`."""
-    kept, to, conv = kept + features, to + features, conv + features * conv_feature
+def _convolved(new, inputs, columns, features, inside, WIDTH: tl.constexpr, TAPS: tl.constexpr):
+    """What the convolution makes of `columns` of a unit, which are its `features`; the kept inputs move up."""
+    kept, to, conv = inputs.kept + features, inputs.to + features, inputs.conv + features * inputs.conv_feature
     newest = tl.load(new + columns, mask=inside, other=0.0)
-    total = newest * tl.load(conv + (TAPS - 1) * conv_tap, mask=inside, other=0.0)
+    total = newest * tl.load(conv + (TAPS - 1) * inputs.conv_tap, mask=inside, other=0.0)
     for tap in tl.static_range(TAPS - 1):
         older = tl.load(kept + tap * WIDTH, mask=inside, other=0.0)
-        total += older * tl.load(conv + tap * conv_tap, mask=inside, other=0.0)
+        total += older * tl.load(conv + tap * inputs.conv_tap, mask=inside, other=0.0)
     tl.debug_barrier()
     for tap in tl.static_range(TAPS - 2):
         tl.store(to + tap * WIDTH, tl.load(kept + (tap + 1) * WIDTH, mask=inside, other=0.0), mask=inside)
@@ -96,6 +105,84 @@ def _store_normed(out, y, z, norm, eps, VALUE_DIM: tl.constexpr, BLOCKS: tl.cons
     gate = tl.load(z + column, mask=inside, other=0.0)
     normed = y * inverse * tl.load(norm + column, mask=inside, other=0.0) * _silu(gate)
     tl.store(out + column, normed, mask=inside)
+
+
+@triton.jit
+def _own_rows(ids, first, rows, ROWS_PAD: tl.constexpr):
+    """(which rows are of the sequence that row `first` is of, that sequence, how many rows this program takes: all of
+    them where `first` is their first one, else none)."""
+    index = tl.arange(0, ROWS_PAD)
+    own_id, other_ids = tl.load(ids + first), tl.load(ids + index, mask=index < rows, other=0)
+    sequence = tl.where(own_id < 0, ~own_id, own_id)
+    is_own = (tl.where(other_ids < 0, ~other_ids, other_ids) == sequence) & (index < rows)
+    is_first = tl.min(tl.where(is_own, index, ROWS_PAD), axis=0) == first
+    return is_own, sequence, tl.where(is_first, tl.sum(is_own.to(tl.int32), axis=0), 0)
+
+
+@triton.jit
+def _pairs(head, KEY_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr):
+    """Of what a key head's q and k are padded to, one behind the other: (which are theirs, the features of them)."""
+    pair = tl.arange(0, 2 * KEY_PAD)
+    is_key = pair // KEY_PAD
+    in_pair = pair % KEY_PAD < KEY_DIM
+    return in_pair, pair % KEY_PAD + is_key * (KEY_HEADS * KEY_DIM) + head * KEY_DIM
+
+
+@triton.jit
+def _query_and_key(
+    unit,
+    inputs,
+    pairs,
+    scale,
+    KEY_DIM: tl.constexpr,
+    KEY_PAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """(q, k) of a key head of a row, of unit length, q scaled. pairs: of `_pairs`."""
+    in_pair, of_pair = pairs
+    pair = tl.arange(0, 2 * KEY_PAD)
+    in_unit = pair % KEY_PAD + pair // KEY_PAD * KEY_DIM
+    both = _convolved(unit, inputs, in_unit, of_pair, in_pair, WIDTH, TAPS).reshape(2, KEY_PAD)
+    both *= tl.rsqrt(tl.sum(both * both, axis=1) + EPSILON)[:, None]
+    is_second = tl.arange(0, 2)[:, None] == 1
+    k = tl.sum(tl.where(is_second, both, 0.0), axis=0)
+    q = tl.sum(tl.where(is_second, 0.0, both), axis=0) * scale
+    return q, k
+
+
+@triton.jit
+def _value_head(
+    values,
+    inputs,
+    states,
+    meets,
+    of_head,
+    key,
+    KEY_HEADS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """y [blocks, columns] of value head `of_head` of a row, whose values lie at `values`. states: of the sequence
+    before and after; meets: (q, k, strength, decay); key: the padded rows of a state."""
+    state, to = states
+    q, k, strength, decay = meets
+    of_own = of_head * (KEY_DIM * VALUE_DIM)
+    y = tl.zeros([BLOCKS, COLUMNS], tl.float32)
+    for block in range(BLOCKS):
+        column = block * COLUMNS + tl.arange(0, COLUMNS)
+        in_head = column < VALUE_DIM
+        cell = of_own + key[:, None] * VALUE_DIM + column[None, :]
+        inside = (key < KEY_DIM)[:, None] & in_head[None, :]
+        feature = 2 * KEY_HEADS * KEY_DIM + of_head * VALUE_DIM + column
+        v = _convolved(values, inputs, column, feature, in_head, WIDTH, TAPS)
+        moved = _advanced(state + cell, to + cell, q, k, v, strength, decay, inside)
+        y = tl.where(tl.arange(0, BLOCKS)[:, None] == block, moved[None, :], y)
+    return y
 
 
 @Kernel
@@ -138,52 +225,40 @@ def _delta_step_kernel(
     `DeltaRule`. scale: 1 / sqrt(key_dim). BLOCKS blocks of COLUMNS are a value head's."""
     head, first = tl.program_id(0), tl.program_id(1)
     width: tl.constexpr = (2 * KEY_DIM + PER_KEY * VALUE_DIM) * KEY_HEADS
-    index = tl.arange(0, ROWS_PAD)
-    own_id, other_ids = tl.load(ids + first), tl.load(ids + index, mask=index < rows, other=0)
-    sequence = tl.where(own_id < 0, ~own_id, own_id)
-    is_own = (tl.where(other_ids < 0, ~other_ids, other_ids) == sequence) & (index < rows)
-    is_first = tl.min(tl.where(is_own, index, ROWS_PAD), axis=0) == first
-    turns = tl.where(is_first, tl.sum(is_own.to(tl.int32), axis=0), 0)
+    matrices: tl.constexpr = KEY_HEADS * PER_KEY * KEY_DIM * VALUE_DIM
+    is_own, sequence, turns = _own_rows(ids, first, rows, ROWS_PAD)
     state = states + sequence * states_row
     beside = spare + sequence * spare_row
-    matrices: tl.constexpr = KEY_HEADS * PER_KEY * KEY_DIM * VALUE_DIM
-    pair = tl.arange(0, 2 * KEY_PAD)
-    is_key = pair // KEY_PAD
-    in_pair = pair % KEY_PAD < KEY_DIM
-    of_pair = pair % KEY_PAD + is_key * (KEY_HEADS * KEY_DIM) + head * KEY_DIM
-    key = tl.arange(0, KEY_PAD)
+    pairs = _pairs(head, KEY_HEADS, KEY_DIM, KEY_PAD)
+    index, key = tl.arange(0, ROWS_PAD), tl.arange(0, KEY_PAD)
     row = first
     for _ in range(turns):
         at = row.to(tl.int64)
         to = state
         if tl.load(ids + row) < 0:
             to = beside
-        kept, kept_to = state + matrices, to + matrices
+        inputs = Inputs(state + matrices, to + matrices, conv, conv_tap, conv_feature)
         unit, row_gates, row_out = x + at * x_row + head * x_head, gates + at * gates_row, out + at * out_row
-        in_unit = pair % KEY_PAD + is_key * KEY_DIM
-        both = _convolved(
-            unit, kept, kept_to, conv, in_unit, of_pair, in_pair, conv_tap, conv_feature, width, TAPS
-        ).reshape(2, KEY_PAD)
-        both *= tl.rsqrt(tl.sum(both * both, axis=1) + EPSILON)[:, None]
-        is_second = tl.arange(0, 2)[:, None] == 1
-        k = tl.sum(tl.where(is_second, both, 0.0), axis=0)
-        q = tl.sum(tl.where(is_second, 0.0, both), axis=0) * scale
+        q, k = _query_and_key(unit, inputs, pairs, scale, KEY_DIM, KEY_PAD, width, TAPS)
         for value in range(PER_KEY):
             of_head = head * PER_KEY + value
             strength, decay = _gates_of(row_gates, rates, dt_bias, of_head, KEY_HEADS * PER_KEY)
-            of_own, values = of_head * (KEY_DIM * VALUE_DIM), unit + 2 * KEY_DIM + value * VALUE_DIM
-            y = tl.zeros([BLOCKS, COLUMNS], tl.float32)
-            for block in range(BLOCKS):
-                column = block * COLUMNS + tl.arange(0, COLUMNS)
-                in_head = column < VALUE_DIM
-                cell = of_own + key[:, None] * VALUE_DIM + column[None, :]
-                inside = (key < KEY_DIM)[:, None] & in_head[None, :]
-                feature = 2 * KEY_HEADS * KEY_DIM + of_head * VALUE_DIM + column
-                v = _convolved(
-                    values, kept, kept_to, conv, column, feature, in_head, conv_tap, conv_feature, width, TAPS
-                )
-                moved = _advanced(state + cell, to + cell, q, k, v, strength, decay, inside)
-                y = tl.where(tl.arange(0, BLOCKS)[:, None] == block, moved[None, :], y)
+            values, meets = unit + 2 * KEY_DIM + value * VALUE_DIM, (q, k, strength, decay)
+            y = _value_head(
+                values,
+                inputs,
+                (state, to),
+                meets,
+                of_head,
+                key,
+                KEY_HEADS,
+                KEY_DIM,
+                VALUE_DIM,
+                COLUMNS,
+                BLOCKS,
+                width,
+                TAPS,
+            )
             place = value * KEY_HEADS + head if IS_TILED else of_head
             z = values + PER_KEY * VALUE_DIM
             _store_normed(row_out + place * VALUE_DIM, y, z, norm, eps, VALUE_DIM, BLOCKS, COLUMNS)
