@@ -179,6 +179,18 @@ class LaneReport:
         counts = self.streamed_experts
         self.streamed_experts = StreamedExpertCounts(*map(add, astuple(counts), counted))
 
+    def expert_picks(self) -> dict[str, tuple[str, dict[str, int]]]:
+        """Picks of experts by whether a copy in GPU memory served them, by what counts them: expert slots, and what
+        prompts stream by heat; only what there is."""
+        slots, streamed = self.experts, self.streamed_experts
+        found = {
+            "hetero_expert_slot_picks": (slots.picks, slots.hits),
+            "hetero_streamed_expert_picks": (streamed.picks, streamed.streamed_picks),
+        }
+        return {
+            name: ("served", {"yes": served, "no": picks - served}) for name, (picks, served) in found.items() if picks
+        }
+
     def decided(self, reason: str, decision: str) -> None:
         """Keep why the next pass has as many drafts as it has; decision: the same as one of few words, to count."""
         drafts = self.drafts

@@ -47,7 +47,7 @@ class Service:
     ) -> None:
         self.settings = settings
         self.bodies = BodyReader(settings)
-        self.metrics = ServerMetrics(self.gauges, self._phases, self._drafts)
+        self.metrics = ServerMetrics(self.gauges, self._phases, self._counts)
         self.driver = Driver(load, self.metrics, changed)
         self.started_at = int(time.time())
         self._entering = 0  # requests that were let in and are not yet the driver's
@@ -254,8 +254,8 @@ class Service:
     def _phases(self) -> dict[str, dict[str, float]]:
         return {} if self.driver.llm is None else self.driver.llm.report().to_dict()
 
-    def _drafts(self) -> dict[str, int | Labelled]:
-        """Tokens computed ahead, and why there were as many, by their name in `/metrics`."""
+    def _counts(self) -> dict[str, int | Labelled]:
+        """Tokens computed ahead, why there were as many, and picks of experts, by their name in `/metrics`."""
         if self.driver.llm is None:
             return {}
         report = self.driver.llm.report()
@@ -268,6 +268,7 @@ class Service:
             "hetero_draft_passes": ("rows", rows),
             "hetero_draft_decisions": ("reason", drafts.decisions.copy()),
             "hetero_forced_tokens": report.forced_tokens,
+            **report.expert_picks(),
         }
 
     def close(self) -> None:

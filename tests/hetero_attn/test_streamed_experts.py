@@ -191,10 +191,17 @@ def test_a_long_prompt_counts_its_first_chunk_and_its_last(paths):
     for start in range(0, 40, 8):
         engine.prefill(sequence, TOKENS[start : start + 8], logits=start == 32)
     counts, passes, line = engine.report.streamed_experts, engine._streamed_experts._passes, engine.report.table()
+    shown = engine.report.expert_picks()
     engine.close()
 
     assert passes == 2 and counts.picks == 2 * 2 * 8 * 4
     assert (counts.streamed, counts.in_dram) == (2 * 2 * 5, 2 * 2 * 12)
+    assert shown == {
+        "hetero_streamed_expert_picks": (
+            "served",
+            {"yes": counts.streamed_picks, "no": counts.picks - counts.streamed_picks},
+        )
+    }
     assert f"42% of those in DRAM streamed by heat, for {counts.served:.0%} of the picks" in line
 
 

@@ -199,11 +199,22 @@ def test_drafts_are_counted_by_rows_and_by_reason():
         if drafts:
             made.judge(request, len(drafts), 1)
     served = SimpleNamespace(driver=SimpleNamespace(llm=SimpleNamespace(report=lambda: report)))
-    text = ServerMetrics(dict, dict, lambda: Service._drafts(served)).text().decode()
+    text = ServerMetrics(dict, dict, lambda: Service._counts(served)).text().decode()
 
     assert f'hetero_draft_passes_total{{rows="{1 + len(drafts)}"}} 1.0' in text
     for reason in ("no match", "last token", "drafts"):
         assert f'hetero_draft_decisions_total{{reason="{reason}"}} 1.0' in text
+
+
+def test_picks_of_experts_are_counted_by_what_served_them():
+    report = LaneReport()
+    served = SimpleNamespace(driver=SimpleNamespace(llm=SimpleNamespace(report=lambda: report)))
+    report.streamed((10, 7, 5, 12))
+    text = ServerMetrics(dict, dict, lambda: Service._counts(served)).text().decode()
+
+    assert 'hetero_streamed_expert_picks_total{served="yes"} 7.0' in text
+    assert 'hetero_streamed_expert_picks_total{served="no"} 3.0' in text
+    assert "hetero_expert_slot_picks" not in text
 
 
 FORMS = [AnswerFormat(name, marks) for _, name, marks in FAMILIES]
