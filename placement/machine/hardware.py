@@ -169,12 +169,13 @@ class HardwareProfile(Figures):
         return cls.from_dict(values_of_json(text, where), where)
 
     @classmethod
-    def from_file(cls, path: Path) -> "HardwareProfile":
+    def from_file(cls, path: str | Path) -> "HardwareProfile":
         """Read a profile from a file in JSON or YAML, such as `profile --save` writes and the catalogue has.
 
         A file without a name has that of the file. Raises ValueError for one that is no text, no mapping or no profile.
         """
-        return cls.from_dict({"name": path.stem} | values_of_file(path), str(path))
+        file = Path(path)
+        return cls.from_dict({"name": file.stem} | values_of_file(file), str(file))
 
     @classmethod
     def named(cls, name: str) -> "HardwareProfile":

@@ -38,6 +38,8 @@ def parsed(values: dict[str, Any], where: str) -> dict[str, Any]:
     _check_keys(values, known, where)
     found = dict(values)
     for name in known:
+        if name in found and known[name].type is str and not _is_shown(found[name]):
+            raise ValueError(f"{where}: {name} must be text without control characters, got {found[name]!r:.80}")
         if name in found and known[name].type is DtypeRates:
             found[name] = parse(DtypeRates, found[name], f"{where}: {name}")
         elif name in found and known[name].type in (int, float):
@@ -48,6 +50,11 @@ def parsed(values: dict[str, Any], where: str) -> dict[str, Any]:
     fingerprint = _expected(values, "fingerprint", {}, dict, where)
     found["fingerprint"] = tuple(sorted((str(key), str(value)) for key, value in fingerprint.items()))
     return found
+
+
+def _is_shown(value: Any) -> bool:
+    """Whether it is text that moves no terminal's cursor: a file may come from another machine."""
+    return isinstance(value, str) and "".join(value.split()).isprintable()
 
 
 def values_of_json(text: str, where: str) -> dict[str, Any]:
@@ -67,6 +74,8 @@ def values_of_file(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: neither JSON nor YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply for a profile") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of rates by name, found {type(values).__name__}")
     return values

@@ -248,6 +248,8 @@ def number(value: Any, kind: Any, where: str) -> int | float:
         read = math.inf
     if isinstance(value, bool) or not 0 <= read < math.inf:
         raise ValueError(f"{where} must be a finite number >= 0, got {value!r:.80}")
+    if kind is int and not read.is_integer():
+        raise ValueError(f"{where} must be a whole number, got {value!r:.80}")
     return kind(read)
 
 

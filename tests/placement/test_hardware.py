@@ -82,6 +82,9 @@ def catalogue_values():
         ({"handover_s": -1}, "handover_s must be a finite number >= 0"),
         ({"handover_s": float("nan")}, "handover_s must be a finite number >= 0"),
         ({"cores": True}, "cores must be a finite number"),
+        ({"cores": 1.5}, "cores must be a whole number, got 1.5"),
+        ({"name": 5}, "name must be text without control characters, got 5"),
+        ({"source": "a\x1b[31m"}, "source must be text without control characters"),
         ({"gpu_bytes_per_s": 0}, "a GPU .* needs positive d2h_bytes_per_s, gpu_bytes_per_s"),
         ({"gpu_flops": {"fp32": 1}}, "gpu_flops needs one value for each of fp32, bf16, q8, q4"),
         ({"cpu_slowdown_while_copying": 2}, r"must be in \(0, 1\]"),
@@ -161,11 +164,12 @@ def test_a_hardware_file_is_json_or_yaml_alike(tmp_path):
         == HardwareProfile.from_file(tmp_path / "written.yml")
         == known
     )
-    assert HardwareProfile.from_file(tmp_path / "mine.yaml") == replace(known, name="mine")
+    assert HardwareProfile.from_file(str(tmp_path / "mine.yaml")) == replace(known, name="mine")
     for text, words in (
         ("[1, 2]", "expected a mapping"),
         ("a: [", "neither JSON nor YAML"),
         ("cores: 3\n", "missing source"),
+        ("[" * 100_000, "nested too deeply"),
     ):
         (tmp_path / "bad.yaml").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=f"bad.yaml.*{words}"):
