@@ -8,6 +8,17 @@ from placement.policy.document import Document, Mark
 from placement.policy.document import Path as YamlPath
 
 
+# What pydantic says of its own types, in the words of a policy file.
+WORDS = {
+    "bool_type": "must be true or false",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping of keys",
+    "model_type": "must be a mapping of keys",
+    "string_type": "must be text",
+    "string_too_short": "must be text of at least one character",
+}
+
+
 class PolicyError(ValueError):
     """A policy that cannot be read or obeyed. problems: one line each, `file:line:col: path: message`."""
 
@@ -47,7 +58,7 @@ def explained(
     """
     path: YamlPath = tuple(item["loc"])
     value = _value_at(document.value, path)
-    message = item["msg"].removeprefix("Value error, ")
+    message = WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
     if item["type"] == "extra_forbidden":
         message = f"unknown key{nearest(path[-1], keys_at(path))}; known keys are {', '.join(keys_at(path))}"
     elif item["type"] == "literal_error":

@@ -105,6 +105,11 @@ def test_every_problem_is_reported_in_one_pass_with_its_place():
         ("x: " + "y" * 300_000, "larger than 256 KiB"),
         ("---\nversion: 1\n---\nversion: 1\n", "a second document"),
         ("? [1]\n: 2\n", "a key must be plain text"),
+        ("elastic: yes\n", "elastic: 'yes': must be true or false"),
+        ("rules: {match: a}\n", "rules: must be a list"),
+        ("rules: [5]\n", "rules[0]: 5: must be a mapping of keys"),
+        ("rules: [{match: a, tiers: [1]}]\n", "rules[0].tiers: [1]: must be a mapping of keys"),
+        ("rules: [{match: 5, gpu: 1}]\n", "rules[0].match: 5: must be text"),
     ],
 )
 def test_bad_text_is_refused_with_its_reason(text, expected):
