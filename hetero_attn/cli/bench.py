@@ -52,6 +52,8 @@ def bench(
     depths = parse_depths(depth or ["0"])
     asked = _Measurement(prompt_tokens, gen_tokens, depths, repetitions, tuple(speculate or ()), trace, as_json)
     drafter = drafting_model(asked.speculate)
+    if not (prompt_tokens or gen_tokens):
+        raise typer.BadParameter("--prompt-tokens and --gen-tokens are both 0, so there is nothing to measure")
     if speculate and simulate is not None:
         raise typer.BadParameter(
             "--simulate queues what the plan computes, and no drafts: leave --speculate out, or see `plan MODEL "

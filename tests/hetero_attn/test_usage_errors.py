@@ -46,6 +46,7 @@ OTHERS = [
     (["verify", TINY, "--quality", "q8", "--file", "text", "--dtype", "q5"], "dtype is 'q5'"),
     (["generate", TINY, "-p", "x", "--temperature", "-1"], "temperature"),
     (["bench", TINY, "--depth", "99999"], "2048 positions"),
+    (["bench", TINY, "-p", "0", "-n", "0"], "nothing to measure"),
     (["profile", "--for", "nowhere"], "nowhere"),
     (["profile", "--routes", TINY, "--file", "text", "--tokenizer", "/nowhere"], "no tokenizer is there"),
     (["generate", "damaged", "-p", "x"], "model.safetensors"),
