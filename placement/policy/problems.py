@@ -7,7 +7,6 @@ from typing import Any
 from placement.policy.document import Document, Mark
 from placement.policy.document import Path as YamlPath
 
-
 # What pydantic says of its own types, in the words of a policy file.
 WORDS = {
     "bool_type": "must be true or false",
