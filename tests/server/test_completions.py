@@ -152,6 +152,16 @@ def test_text_offsets_point_into_the_echoed_text(http):
         assert choice["text"].startswith("A list is")
 
 
+def test_a_character_of_several_tokens_is_one_of_the_text(http):
+    """Each of its tokens counted as what it reads alone: offsets behind it lay beyond the text's end."""
+    said = "a déjà 🎉 vu"
+    choice = post(http, "/v1/completions", prompt=said, echo=True, logprobs=0, max_tokens=0)["choices"][0]
+    marks = list(zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]))[1:]
+
+    assert choice["text"] == said and any("\ufffd" in token for token, _ in marks)
+    assert all(said[offset:].startswith(token) for token, offset in marks if "\ufffd" not in token)
+
+
 def test_a_streamed_completion_is_the_whole_one(http):
     body = {"prompt": ["A list is", "A set is"], "max_tokens": 8, "temperature": 0, "echo": True, "logprobs": 1}
     found, whole = chunks(http, "/v1/completions", **body), post(http, "/v1/completions", **body)

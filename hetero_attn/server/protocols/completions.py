@@ -13,7 +13,7 @@ from hetero_attn.server.dialogue.answer import Answer, Piece
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.generation import Generation
 from hetero_attn.server.protocols.fields import OLDER_FORMS, Logprobs, SamplingFields, check_model, count_unknown
-from hetero_attn.server.protocols.logprobs import completion_logprobs, shown_tokens
+from hetero_attn.server.protocols.logprobs import TextLength, completion_logprobs, shown_tokens
 from hetero_attn.server.protocols.openai import OpenAIWriter
 from hetero_attn.server.protocols.reply import reply
 from hetero_attn.server.service import Service
@@ -100,7 +100,7 @@ async def _only_prompt(service: Service, body: Body, turn: Turn, scored: tuple[M
     ids = await service.encode(turn) if scored is None else [request.prompt_token_ids for request in scored]
     writer = CompletionWriter(service, body, Generation((), lambda generation: None), 1, scored)
     choices = [
-        {"index": index, "text": writer.prompt_text(token_ids), "logprobs": writer.prompt_logprobs(index)[0]}
+        {"index": index, "text": writer.prompt_text(token_ids), "logprobs": writer.prompt_logprobs(index, TextLength())}
         for index, token_ids in enumerate(ids)
     ]
     tokens = sum(map(len, ids))
@@ -125,7 +125,7 @@ class CompletionWriter(OpenAIWriter):
         super().__init__(service, body, generation, "cmpl-", choices)
         self.body: Body = body
         self._scored = scored
-        self._offsets = [0] * len(generation.requests)
+        self._lengths = [TextLength() for _ in generation.requests]
         self._is_begun = [False] * len(generation.requests)
 
     def piece(self, piece: Piece) -> Iterable[bytes]:
@@ -157,28 +157,27 @@ class CompletionWriter(OpenAIWriter):
         """The text of a prompt's token ids, as `echo` puts it before the answer."""
         return self.service.tokenizer.decode(token_ids)
 
-    def prompt_logprobs(self, prompt: int) -> tuple[dict[str, Any] | None, int]:
-        """The log-probabilities of a prompt's tokens, where they were asked for, and the length of its text."""
+    def prompt_logprobs(self, prompt: int, length: TextLength) -> dict[str, Any] | None:
+        """The log-probabilities of a prompt's tokens, where they were asked for. length: takes in that of its text."""
         if self._scored is None:
-            return None, 0
+            return None
         request = self._scored[prompt]
         tokens = cast("PromptScores", request.scores).tokens
-        return completion_logprobs(self.service.tokenizer, tokens, 0, request.prompt_token_ids[0])
+        return completion_logprobs(self.service.tokenizer, tokens, length, request.prompt_token_ids[0])
 
     def _echo(self, number: int) -> tuple[str, dict[str, Any] | None]:
         """The prompt of a choice and its log-probabilities, once, where it is echoed."""
         if not self.body.echo or self._is_begun[number]:
             return "", None
         self._is_begun[number] = True
-        logprobs, self._offsets[number] = self.prompt_logprobs(number // self.choices)
+        logprobs = self.prompt_logprobs(number // self.choices, self._lengths[number])
         return self.prompt_text(self.generation.requests[number].prompt_token_ids), logprobs
 
     def _logprobs(self, number: int, first: int, last: int) -> dict[str, Any] | None:
         if self.body.logprobs is None:
             return None
         entries = shown_tokens(self.generation.requests[number], first, last)
-        found, self._offsets[number] = completion_logprobs(self.service.tokenizer, entries, self._offsets[number])
-        return found
+        return completion_logprobs(self.service.tokenizer, entries, self._lengths[number])
 
     def _choice(self, number: int, text: str, logprobs: dict | None, finish_reason: str | None) -> dict[str, Any]:
         return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}

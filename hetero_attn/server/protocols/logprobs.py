@@ -6,6 +6,7 @@ beside it.
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,18 @@ if TYPE_CHECKING:  # they need torch, whose import would keep a server from answ
     from hetero_attn.serving.request import Request
     from hetero_attn.serving.sampling import SampledToken
     from hetero_attn.serving.text.tokenizer import Tokenizer
+
+
+class TextLength:
+    """Characters of a text whose bytes come token by token: one that several tokens make counts with its last."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+
+    def add(self, data: bytes) -> None:
+        """Take the next token's bytes."""
+        self.characters += len(self._decoder.decode(data))
 
 
 def shown_tokens(request: Request, first: int, last: int) -> list[SampledToken]:
@@ -42,10 +55,10 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[SampledToken]) -> dict
 def completion_logprobs(
     tokenizer: Tokenizer,
     entries: Sequence[SampledToken | None],
-    offset: int,
+    length: TextLength,
     first_token: int | None = None,
-) -> tuple[dict[str, Any], int]:
-    """As completions carry them, and the offset of the text behind them.
+) -> dict[str, Any]:
+    """As completions carry them. length: of the text before them, which takes in theirs.
 
     None stands for the first token of an echoed prompt, `first_token`, which nothing predicts. The chosen token is
     among the top ones, with the very same number: that is how evaluations tell whether it was the likeliest.
@@ -59,11 +72,12 @@ def completion_logprobs(
         token_id = first_token if entry is None else entry.token_id
         token = text_of(token_id)
         found["tokens"].append(token)
-        found["text_offset"].append(offset)
+        found["text_offset"].append(length.characters)
         found["token_logprobs"].append(None if entry is None else entry.logprob)
         found["top_logprobs"].append(None if entry is None else _top(text_of, token, entry))
-        offset += 0 if token_id in tokenizer.special_token_ids else len(token)  # its name is not in the text
-    return found, offset
+        if token_id not in tokenizer.special_token_ids:  # its name is not in the text
+            length.add(tokenizer.token_bytes(token_id))
+    return found
 
 
 def _top(text_of: Any, token: str, entry: SampledToken) -> dict[str, float]:
