@@ -143,7 +143,7 @@ class Service:
         try:
             return await self._admit(turn, prompts * turn.choices, add)
         except SamplingError as error:
-            raise refused_parameter(error, turn.names) from None
+            raise refused_parameter(error, turn.fields) from None
 
     async def score(self, turn: Turn, logprobs: int) -> Generation:
         """Have the prompts' own tokens scored, each by a request of its own."""

@@ -38,3 +38,9 @@ class Turn:
     priority: int = 0
     names: Mapping[str, str] = field(default_factory=dict)
     field: str = "messages"
+
+    @property
+    def fields(self) -> Mapping[str, str]:
+        """`names`, with that of the tools whose calls follow a grammar."""
+        has_tools = isinstance(self.prompts, Conversation) and self.prompts.tools.callable
+        return {"grammar": "tools", **self.names} if has_tools else self.names

@@ -128,6 +128,18 @@ def test_other_protocols_force_calls_too(tooled):
     assert message["stop_reason"] == "tool_use" and message["content"][-1]["name"] == "wait"
 
 
+def test_a_tool_that_no_grammar_can_be_made_of_is_named(tooled):
+    """A grammar was spoken of, which nobody had given, and `param` was null."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": 5}}}
+    with httpx.Client(base_url=tooled.url, timeout=60, trust_env=False) as http:
+        body = {"messages": USER, "tools": [tool], "tool_choice": "required"}
+        answer = http.post("/v1/chat/completions", json=body)
+    error = answer.json()["error"]
+
+    assert (answer.status_code, error["param"]) == (400, "tools")
+    assert error["message"].startswith("tools cannot be followed") and "type must be" in error["message"]
+
+
 def test_a_form_beside_tools_lets_the_model_choose(tooled):
     """Draws at a high temperature go both ways: whichever way, the answer is a whole call or what was asked for."""
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
