@@ -18,6 +18,7 @@ from placement.machine.hardware import HardwareProfile
 
 LEAST_TO_SHARE = 4  # cores; with fewer, one is too large a part of the lane
 MOST_PROFILE_BYTES = 1 << 20
+NOT_MEASURED = "this machine"  # what plans call it, whose rates are another one's
 HOST_MEMORY_SHARE = 0.9  # the rest is for the system and for Python itself
 
 
@@ -68,7 +69,14 @@ def machine_profile(device: str) -> HardwareProfile:
     else:
         stored = current_profile()
         profile = stored or HardwareProfile.named("generic-cpu")
-    return profile if profile is stored else replace(profile.with_threads(threads), dram_bytes=host_memory_bytes())
+    return profile if profile is stored else _as_this_machine(profile, threads)
+
+
+def _as_this_machine(profile: HardwareProfile, threads: int) -> HardwareProfile:
+    """A machine of the catalogue in the place of this one, by what a user knows: nobody here has heard of its name."""
+    source = f"not measured but those of {profile.name}, {profile.source}"
+    own = replace(profile.with_threads(threads), name=NOT_MEASURED, source=source)
+    return replace(own, dram_bytes=host_memory_bytes())
 
 
 def why_not_kept() -> str:

@@ -80,7 +80,8 @@ def _borrowed_attention(workload: Workload, hardware: HardwareProfile) -> Iterat
         pairs |= dict.fromkeys(_stand_ins(shard, workload, cpu_attention_rate(shard, workload, hardware)))
     if pairs:
         yield (
-            f"{hardware.name} has no rates of some of this model's attention; planned are {', '.join(pairs)}. "
+            f"There are no rates of some of this model's attention for {hardware.name}; planned are "
+            f"{', '.join(pairs)}. "
             "`hetero-attn profile --for MODEL` measures them there."
         )
 
@@ -103,6 +104,6 @@ def _borrowed_rates(workload: Workload, hardware: HardwareProfile) -> Iterator[s
     if borrowed:
         pairs = ", ".join(f"{name} by those of {measured}" for name, measured in borrowed.items())
         yield (
-            f"{hardware.name} has no rates of some formats of these weights; planned are {pairs}. `hetero-attn profile "
-            "--for MODEL` measures them there."
+            f"There are no rates of some formats of these weights for {hardware.name}; planned are {pairs}. "
+            "`hetero-attn profile --for MODEL` measures them there."
         )

@@ -12,6 +12,8 @@ from cpu_kernels.formats.weights import WEIGHT_DTYPES
 from hetero_attn.engine import measure
 from hetero_attn.engine import runtime_costs as runtime_profile
 from hetero_attn.planning import profiles
+from placement import Policy
+from placement.explain.explain import explain
 from placement.machine.fingerprint import kernel_folders, machine_fingerprint, source_digest
 from placement.machine.hardware import HardwareProfile
 from placement.machine.rates import ThreadRate
@@ -33,6 +35,7 @@ from placement.profilers import (
     cpu_small as small_profiler,
 )
 from placement.profilers.cpu import best_threads, thread_counts
+from tests.support.planning_models import tiny
 
 PROFILERS = (ahead, attention_profiler, linear_profiler, small_profiler, profiler, timing)
 ALONE = SimpleNamespace(share=lambda: 0.0)
@@ -312,7 +315,7 @@ def test_planning_never_measures(measured, monkeypatch):
     with pytest.warns(UserWarning, match="is not used; `hetero-attn profile` measures this machine again"):
         used = profiles.machine_profile("cpu")
 
-    assert used.name == HardwareProfile.named("generic-cpu").name
+    assert used.source.startswith("not measured but those of generic-cpu, ")
 
 
 def test_a_profile_that_was_kept_before_all_caches_were_measured_is_stale(measured):
@@ -324,10 +327,17 @@ def test_a_profile_that_was_kept_before_all_caches_were_measured_is_stale(measur
     assert profiles.stored_profile() is None
 
 
-def test_without_a_profile_plans_use_the_catalogue(monkeypatch, tmp_path):
+def test_without_a_profile_plans_use_the_catalogue_and_call_the_machine_what_its_user_does(monkeypatch, tmp_path):
+    """An explanation said that generic-cpu had too little memory, of a machine that nobody had named so."""
     monkeypatch.setattr(profiles, "profile_path", lambda: tmp_path / "none.json")
+    machine, stand_in = profiles.machine_profile("cpu"), HardwareProfile.named("generic-cpu")
+    found = explain(replace(tiny(), embed_bytes=1 << 50), machine, Policy(), device="cpu")
 
-    assert profiles.machine_profile("cpu").name == HardwareProfile.named("generic-cpu").name
+    assert machine.cpu_ops_per_s == stand_in.with_threads(machine.cores).cpu_ops_per_s
+    assert found.plan.predicted.hardware == "this machine"
+    rates, memory = found.notes
+    assert rates.startswith(f"The rates of this machine are not measured but those of generic-cpu, {stand_in.source}")
+    assert "of host memory; this machine has " in memory
 
 
 def test_thread_counts_are_powers_of_two_and_the_maximum():

@@ -207,6 +207,7 @@ def stand_ins(workload, rates):
     found = explain(
         workload, replace(HardwareProfile.named("generic-cpu"), cpu_attention=rates), Policy(), device="cpu"
     )
-    before, after = "generic-cpu has no rates of some of this model's attention; planned are ", ". `hetero-attn profile"
+    before = "There are no rates of some of this model's attention for generic-cpu; planned are "
+    after = ". `hetero-attn profile"
     notes = [note for note in found.notes if note.startswith(before)]
     return notes[0].removeprefix(before).partition(after)[0] if notes else None
