@@ -13,7 +13,7 @@ from placement.program.program import Program
 from tests.support.covering import leave_out_the_rest
 from tests.support.extras import MISSING_OF_SERVER
 from tests.support.replayed import suite_lines
-from tests.support.solved import Solved
+from tests.support.solved import answers_once
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tensors of tests are tiny: the threads of torch's pool only wait for each other, and spin on the cores meanwhile. The
@@ -88,13 +88,14 @@ def _programs_are_solved_once() -> Iterator[None]:
     import scipy.optimize
 
     solver, solve = scipy.optimize.milp, Program.solve
-    known = Solved(solve)
+    once = answers_once(Program)
 
     def solve_once(self: Program, whole_numbers: bool = True) -> list[float] | None:
-        return (known.of if scipy.optimize.milp is solver else solve)(self, whole_numbers)
+        return (once["solve"] if scipy.optimize.milp is solver else solve)(self, whole_numbers)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(Program, "solve", solve_once)
+        monkeypatch.setattr(Program, "relaxed", once["relaxed"])
         yield
 
 

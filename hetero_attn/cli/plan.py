@@ -10,6 +10,7 @@ import typer
 
 from hetero_attn.cli import options
 from hetero_attn.cli.output import expect_writable, print_json, table_width, write_text
+from hetero_attn.cli.shell.collector import collector_at_rest
 from hetero_attn.errors import MemoryBudgetError
 
 if TYPE_CHECKING:
@@ -47,17 +48,11 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Show what of a model would live on which lane, the bytes and the predicted speed."""
-    from hetero_attn.engine.measure import refresh_profile
-    from hetero_attn.planning.draft import settle_drafted
-
     expect_writable(plot, yaml)
-    wishes = loading.options(model, hardware=machine(hardware), speculate=speculate)
-    if wishes.asks_for_this_machine:
-        refresh_profile(lambda: settle_drafted(wishes, settled_or_refused))
-    drafted = settle_drafted(wishes, settled_or_refused)
     only_policy = str(yaml) == "-"  # a policy on stdout is all that its reader wants
-    fits = _said_to_fit(wishes, drafted, on_stderr=as_json or only_policy)
-    explanation = explained(drafted.planned) if explain and not only_policy else None
+    with collector_at_rest():
+        drafted, fits = _planned(loading, model, hardware, speculate, on_stderr=as_json or only_policy)
+        explanation = explained(drafted.planned) if explain and not only_policy else None
     if as_json:
         drafts = {} if drafted.wish == "off" else {"speculation": drafted.to_dict()}
         print_json((explanation or drafted.planned.plan).to_dict() | drafts)
@@ -69,6 +64,20 @@ def plan(
         draw(drafted.planned, plot, plot_points)
     if not fits:
         raise typer.Exit(MemoryBudgetError.exit_code)
+
+
+def _planned(
+    loading: options.Loading, model: str, hardware: str | None, speculate: str | None, on_stderr: bool
+) -> tuple[Drafted, bool]:
+    """What the options ask for, planned, and whether it fits, of which is said what is to be said first."""
+    from hetero_attn.engine.measure import refresh_profile
+    from hetero_attn.planning.draft import settle_drafted
+
+    wishes = loading.options(model, hardware=machine(hardware), speculate=speculate)
+    if wishes.asks_for_this_machine:
+        refresh_profile(lambda: settle_drafted(wishes, settled_or_refused))
+    drafted = settle_drafted(wishes, settled_or_refused)
+    return drafted, _said_to_fit(wishes, drafted, on_stderr)
 
 
 def _said_to_fit(wishes: LoadOptions, drafted: Drafted, on_stderr: bool) -> bool:
@@ -100,7 +109,7 @@ def show(drafted: Drafted, explanation: Explanation | None, fits: bool) -> None:
 
     width, planned = table_width(), drafted.planned
     opening = opening_lines(planned.plan, fits, planned.hardware.dram_bytes)  # type: ignore[arg-type]
-    lines = [*opening, *kept_table(planned.path), "", *planned.plan.table(width).splitlines()]
+    lines = [*opening, *kept_table(planned.path, planned.headers), "", *planned.plan.table(width).splitlines()]
     drafts_lines = drafted.lines()
     lines += ["", *drafts_lines] if drafts_lines else []
     for line in [*lines, *(explanation.lines() if explanation else ())]:
@@ -131,6 +140,7 @@ def explained(planned: PlannedModel) -> Explanation:
             planned.policy,
             device=made.device,
             gpu_memory_bytes=made.gpu_memory_bytes,
+            searched=planned.searched,
         )
 
 

@@ -33,7 +33,7 @@ from placement import BudgetError, HardwareProfile, Plan, Policy
 from placement.machine.gpu_here import has_gpu
 from placement.plan.units import format_bytes, parse_bytes
 from placement.plan.workload import KV_DTYPES, Workload
-from placement.solve.make_plan import plan_requested
+from placement.solve.make_plan import Searched, plan_with_alternatives
 from placement.solve.request import PlanRequest, requested
 
 PLANNED_DRAM = 0.95  # of a machine's memory, where a plan must be held to it: the system needs some too
@@ -48,7 +48,8 @@ class PlannedModel:
     plan was made with. workload: what was asked of the planner, its shape and prefill chunk still open; plan.workload
     has those that were chosen. spec: the model's blocks, None for those of the family that `config` names.
     tokenizer: where it is, None for beside the weights. taps: before which layers the residual stream is kept for a
-    head that drafts. headers: those of the files, read by planning; loading reads no file's again.
+    head that drafts. headers: those of the files, read by planning; loading reads no file's again. searched: the plan
+    and what the search compared it with, None where another search found it.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class PlannedModel:
     tokenizer: Path | None = None
     taps: tuple[int, ...] = ()
     headers: KnownHeaders = field(default_factory=KnownHeaders, compare=False, repr=False)
+    searched: Searched | None = field(default=None, compare=False, repr=False)
 
     @property
     def model(self) -> ModelSpec:
@@ -121,6 +123,11 @@ class Asked:
             headers=model.headers,
         )
 
+    def searched(self) -> PlannedModel:
+        """The model with the plan for its request; BudgetError and PolicyError as `make_plan`."""
+        searched = plan_with_alternatives(self.request)
+        return replace(self.planned(searched.plan), searched=searched)
+
 
 def plan_model(
     model: str | Path,
@@ -166,7 +173,7 @@ def settle(options: LoadOptions, asked: Asked | None = None) -> PlannedModel:
     """
     asked = asked or ask(options)
     try:
-        planned = asked.planned(plan_requested(asked.request))
+        planned = asked.searched()
     except BudgetError as error:
         raise MemoryBudgetError(str(error)) from error
     return _within_host_memory(asked, planned) or planned
@@ -182,7 +189,7 @@ def _within_host_memory(asked: Asked, planned: PlannedModel) -> PlannedModel | N
     policy = asked.policy.model_copy(update={"host_memory": limit})
     narrower = replace(asked.request, policy=policy, limits=asked.request.limits | {"host": limit})
     try:
-        return replace(asked, policy=policy, request=narrower).planned(plan_requested(narrower))
+        return replace(asked, policy=policy, request=narrower).searched()
     except BudgetError:
         return None
 

@@ -36,6 +36,11 @@ class AttentionCost:
     read_s_per_kv_head: float
 
 
+def attention_key(shard: KvShard, gpu_tokens: int) -> tuple[int, ...]:
+    """What caches have in common whose attention costs the same in a pass."""
+    return shard.kv_heads, shard.bytes_per_token, shard.window, shard.heads, shard.head_dim, gpu_tokens
+
+
 def cpu_attention_rate(
     shard: KvShard, workload: Workload, hardware: HardwareProfile, vectors: float = 0.0
 ) -> AttentionRate:

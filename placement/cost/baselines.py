@@ -20,8 +20,9 @@ def layer_split(
     def placed(shard: LinearShard) -> LinearPlacement:
         if on_gpu(shard.layer):
             return LinearPlacement(shard.name, shard.units, NO_STREAM, shard.units)
-        streams = streams_prompts and shard.layer is not None
-        tiers = tuple(shard.units if streams and tier >= MANY_ROWS_TIER else 0 for tier in range(NUM_ROW_TIERS))
+        if not streams_prompts or shard.layer is None:
+            return LinearPlacement(shard.name, 0, NO_STREAM, shard.units)
+        tiers = (0,) * MANY_ROWS_TIER + (shard.units,) * (NUM_ROW_TIERS - MANY_ROWS_TIER)
         return LinearPlacement(shard.name, 0, tiers, shard.units)
 
     linears = tuple(map(placed, workload.linears))

@@ -43,18 +43,22 @@ from expert slots and heat, by which plans are weighed once they are cut.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import fsum
 from typing import NamedTuple
 
-from placement.cost.attention import attention_cost, attention_handovers
+from placement.cost.attention import attention_cost, attention_handovers, attention_key
 from placement.cost.experts import RowsOfLanes, expert_hits, inserted_experts, rows_of_lanes
-from placement.cost.tally import Tally, with_time_for_inserts
+from placement.cost.tally import KnownCosts, Tally, with_time_for_inserts
 from placement.cost.terms import (
     Call,
     LinearCost,
     copy_passes,
+    cost_key,
     cpu_call_s,
+    gpu_products,
     interference,
+    is_queued,
     linear_cost,
     queueing_s,
     small_ops_s,
@@ -105,18 +109,20 @@ def layers_pass_cost(
     call: Call,
     on_gpu: bool,
     with_head: bool = True,
+    costs: KnownCosts | None = None,
 ) -> PassCost:
-    """`pass_cost` of a placement whose different layers are known, for who asks it of several passes."""
+    """`pass_cost` of a placement whose different layers are known, for who asks it of several passes. costs: of other
+    placements on this machine, to which this one's are added."""
 
-    before = None
+    before, known = None, None if costs is None else costs.of(workload, call, on_gpu)
     for batch_steps in BATCH_STEPS:
-        tally = _tallied(Tally(workload, hardware, call, on_gpu, batch_steps), layers, with_head)
+        tally = _tallied(Tally(workload, hardware, call, on_gpu, batch_steps, known), layers, with_head)
         if tally.has_time_for_inserts:
             break
         before = tally
     if before is not None and tally.has_time_for_inserts:
         tally = with_time_for_inserts(before, tally)
-    return _cost_of(tally, layers, with_head)
+    return _cost_of(tally, with_head)
 
 
 def _tallied(tally: Tally, layers: Sequence[PlacedLayer], with_head: bool) -> Tally:
@@ -126,12 +132,12 @@ def _tallied(tally: Tally, layers: Sequence[PlacedLayer], with_head: bool) -> Ta
         parts.append(small)
     tally.terms["step"].append(step)
     for layer in layers:
-        tally.times = layer.times
-        _add_layer(tally, layer, with_head)
+        key = layer.key_of(call.tier, row_tier(call.logits_rows)), tally.batch_steps * layer.has_expert_slots, with_head
+        tally.add_layers(tally.layer(key, partial(_add_layer, layer=layer, with_head=with_head)), layer.times)
     return tally
 
 
-def _cost_of(tally: Tally, layers: Sequence[PlacedLayer], with_head: bool) -> PassCost:
+def _cost_of(tally: Tally, with_head: bool) -> PassCost:
     workload, hardware, call, on_gpu = tally.workload, tally.hardware, tally.call, tally.on_gpu
     step = step_s(workload, call, hardware, on_gpu, with_head)
     lanes, terms = ({name: fsum(parts) for name, parts in sums.items()} for sums in (tally.lanes, tally.terms))
@@ -147,13 +153,13 @@ def _cost_of(tally: Tally, layers: Sequence[PlacedLayer], with_head: bool) -> Pa
     overlapped = max(*lanes.values(), fsum(tally.before_head_s) + layer_waits + tally.head_s)
     lost = 1 - hardware.overlap_of(call.q_len) if on_gpu else 0.0
     work = overlapped + lost * max(0.0, one_by_one - overlapped)
-    not_hidden = max(0.0, queueing_s(workload, layers, call, hardware, on_gpu) - work)
+    not_hidden = max(0.0, queueing_s(workload, tally.products, call, hardware, on_gpu) - work)
     terms["step"] += not_hidden
     return PassCost(work + not_hidden + step, overlapped + not_hidden + step, lanes, terms, tally.mean_steps)
 
 
 def _add_layer(tally: Tally, layer: PlacedLayer, with_head: bool) -> None:
-    """Add a layer, as often as there is one like it."""
+    """Add one layer."""
     paired = {shard.block for shard, _ in layer.linears if shard.row_cut}
     attending, cpu_units = "", 0
     for shard, placement in layer.linears:
@@ -197,6 +203,8 @@ def _add_linear(tally: Tally, shard: LinearShard, placement: LinearPlacement, bl
     tally.add(tally.lanes["pcie"], copy_s)
     tally.add(tally.before_head_s, copy_s * (not shard.is_head))
     tally.add(tally.terms["copies"], copy_s)
+    if not shard.is_head and is_queued(call, tally.on_gpu):
+        tally.products += gpu_products(shard, placement, rows, workload, hardware)
     if placement.expert_slots:
         inserted = inserted_experts(workload, shard, placement, call, tally.batch_steps) * shard.unit_bytes
         tally.add(tally.inserts_s, inserted / hardware.h2d_bytes_per_s)
@@ -227,15 +235,14 @@ def _cost_of_linear(tally: Tally, shard: LinearShard, rows: float, paired: bool)
         call_s = cpu_call_s(call, hardware, False)
         return linear_cost(shard, rows, workload.format_of(shard), hardware, False, call_s, call.together)
 
-    heat = shard.heat if call.together > 1 else None
-    return tally.once((shard.kind, shard.shape, paired, heat, rows), computed)
+    return tally.once(cost_key(shard, rows, call, paired), computed)
 
 
 def _add_attention(tally: Tally, shard: KvShard, placement: KvPlacement, cpu_qkv_units: int, block: str | None) -> None:
     """Add one layer's attention."""
     workload, hardware, call = tally.workload, tally.hardware, tally.call
     cost = tally.once(
-        (shard.kv_heads, shard.bytes_per_token, shard.window, shard.heads, shard.head_dim, placement.gpu_tokens),
+        attention_key(shard, placement.gpu_tokens),
         lambda: attention_cost(shard, call, placement.gpu_tokens, workload, hardware, tally.on_gpu),
     )
     on_gpu_kv_heads, on_cpu_kv_heads = placement.gpu_kv_heads, shard.kv_heads - placement.gpu_kv_heads

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from placement.cost.model import layers_pass_cost
+from placement.cost.tally import KnownCosts
 from placement.cost.terms import Call, WeightedCall
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import KvPlacement, LinearPlacement
@@ -148,12 +149,13 @@ def layers_objective_s(
     hardware: HardwareProfile,
     calls: Sequence[WeightedCall],
     on_gpu: bool,
+    costs: KnownCosts | None = None,
 ) -> float:
-    """`objective_s` of a placement whose different layers are known."""
+    """`objective_s` of a placement whose different layers are known. costs: as for `layers_pass_cost`."""
     return sum(
         weighted.weight
         * (
-            layers_pass_cost(workload, layers, hardware, weighted.call, on_gpu, weighted.with_head).seconds
+            layers_pass_cost(workload, layers, hardware, weighted.call, on_gpu, weighted.with_head, costs).seconds
             + weighted.beside_s
         )
         for weighted in calls

@@ -1,36 +1,77 @@
 """The seconds of a pass while they are added up, layer by layer."""
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from math import fsum
 from typing import Any
 
 from placement.cost.terms import Call
 from placement.machine.hardware import HardwareProfile
 from placement.plan.phase import RESOURCES, TERMS
+from placement.plan.placed import LayerBytes, PlacedLayer, layer_bytes
 from placement.plan.workload import Workload
+
+
+@dataclass(slots=True)
+class KnownPass:
+    """What was computed of a pass for other placements: costs of linears and attention, and what layers add up to."""
+
+    parts: dict[Hashable, Any] = field(default_factory=dict)
+    layers: "dict[Hashable, Tally]" = field(default_factory=dict)
+
+    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives for the first of equal parts; the others have it from here."""
+        if key not in self.parts:
+            self.parts[key] = compute()
+        return self.parts[key]
+
+
+class KnownCosts:
+    """What was computed for other placements on one machine, by workload and pass."""
+
+    def __init__(self) -> None:
+        self._passes: dict[tuple[int, Call, bool], tuple[Workload, KnownPass]] = {}
+        self._sizes: dict[int, tuple[Workload, dict[Hashable, LayerBytes]]] = {}
+
+    def of(self, workload: Workload, call: Call, on_gpu: bool) -> KnownPass:
+        """What is known of a pass of this very workload."""
+        return self._passes.setdefault((id(workload), call, on_gpu), (workload, KnownPass()))[1]
+
+    def bytes_of(self, workload: Workload, layer: PlacedLayer) -> LayerBytes:
+        """What a layer of this very workload takes."""
+        known = self._sizes.setdefault(id(workload), (workload, {}))[1]
+        if layer.key not in known:
+            known[layer.key] = layer_bytes(workload, layer)
+        return known[layer.key]
 
 
 class Tally:
     """Seconds of a pass, by resource and by kind of work; kept apart, because their exact sum is the same whatever the
-    order of the layers. times: how often what is added is there. batch_steps: as in `PhaseCost`, as it is
-    supposed; mean_steps: as it is in the mean of passes of which some take more. reads_s: what the CPU reads of layers;
-    head_waits_s: what copies of the head wait for what it reads of that."""
+    order of the layers. batch_steps: as in `PhaseCost`, as it is supposed; mean_steps: as it is in the mean of passes
+    of which some take more. reads_s: what the CPU reads of layers; head_waits_s: what copies of the head wait for what
+    it reads of that. products: that Python queues."""
 
     def __init__(
-        self, workload: Workload, hardware: HardwareProfile, call: Call, on_gpu: bool, batch_steps: int
+        self,
+        workload: Workload,
+        hardware: HardwareProfile,
+        call: Call,
+        on_gpu: bool,
+        batch_steps: int,
+        known: KnownPass | None = None,
     ) -> None:
         self.workload, self.hardware, self.call, self.on_gpu = workload, hardware, call, on_gpu
         self.batch_steps = batch_steps
         self.mean_steps: float = batch_steps
-        self.times = 1
         self.lanes: dict[str, list[float]] = {name: [] for name in RESOURCES}
         self.terms: dict[str, list[float]] = {name: [] for name in TERMS}
         self.before_head_s: list[float] = []
         self.reads_s: list[float] = []
         self.inserts_s: list[float] = []
         self.head_s = self.head_waits_s = 0.0
+        self.products = 0
+        self.known = known or KnownPass()
         self._blocks: dict[str, list[float]] = {}
-        self._once: dict[Hashable, Any] = {}
 
     @property
     def has_time_for_inserts(self) -> bool:
@@ -47,7 +88,8 @@ class Tally:
 
     def mixed_with(self, other: "Tally", share: float) -> "Tally":
         """The mean of passes of which a share is like another one."""
-        mixed = Tally(self.workload, self.hardware, self.call, self.on_gpu, self.batch_steps)
+        mixed = Tally(self.workload, self.hardware, self.call, self.on_gpu, self.batch_steps, self.known)
+        mixed.products = self.products
 
         def mean(ours: float, theirs: float) -> float:
             return (1.0 - share) * ours + share * theirs
@@ -64,10 +106,29 @@ class Tally:
         return mixed
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives for the first of equal layers; the others have it from here."""
-        if key not in self._once:
-            self._once[key] = compute()
-        return self._once[key]
+        """As that of `KnownPass`."""
+        return self.known.once(key, compute)
+
+    def layer(self, key: Hashable, compute: "Callable[[Tally], None]") -> "Tally":
+        """One layer by itself, which `compute` adds to an empty tally unless an equal one is known."""
+        layers = self.known.layers
+        if key not in layers:
+            layers[key] = Tally(self.workload, self.hardware, self.call, self.on_gpu, self.batch_steps, self.known)
+            compute(layers[key])
+        return layers[key]
+
+    def add_layers(self, layer: "Tally", times: int) -> None:
+        """Add so many layers like one, or the head."""
+        for ours, theirs in ((self.lanes, layer.lanes), (self.terms, layer.terms)):
+            for name, parts in theirs.items():
+                if parts:
+                    ours[name] += parts * times
+        self.before_head_s += layer.before_head_s * times
+        self.reads_s += layer.reads_s * times
+        self.inserts_s += layer.inserts_s * times
+        self.head_s += layer.head_s
+        self.head_waits_s += layer.head_waits_s
+        self.products += layer.products * times
 
     def add_stage(
         self, kind: str, cpu_s: float, gpu_s: float, handovers_s: float, launch_s: float, block: str | None = None
@@ -89,9 +150,9 @@ class Tally:
         self.add(self.terms["handovers"], handovers_s)
 
     def add(self, parts: list[float], seconds: float) -> None:
-        """Add seconds of every layer that is like this one; what is nothing is left out."""
+        """Add seconds; what is nothing is left out."""
         if seconds:
-            parts.extend([seconds] * self.times)
+            parts.append(seconds)
 
     def end_blocks(self) -> None:
         """Add the slower lane of every block."""

@@ -4,7 +4,6 @@ Every coefficient is linear in units, KV heads and bytes; `cost` adds them up to
 them.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -12,7 +11,6 @@ from cpu_kernels.formats import widest
 from placement.machine.hardware import HardwareProfile
 from placement.machine.rates import RowRate, seconds_per_operation_of_a_row
 from placement.plan.memory import LinearPlacement, staging_piece_units
-from placement.plan.placed import PlacedLayer
 from placement.plan.shards import LinearShard
 from placement.plan.workload import Workload, row_tier
 
@@ -168,6 +166,11 @@ def cpu_call_s(call: Call, hardware: HardwareProfile, on_gpu: bool) -> float:
     return recorded or hardware.cpu_call_s
 
 
+def cost_key(shard: LinearShard, rows: float, call: Call, paired: bool) -> tuple[object, ...]:
+    """What linears of so many rows have in common that cost the same in a pass."""
+    return shard.kind, shard.shape, paired, shard.heat if call.together > 1 else None, rows
+
+
 def linear_cost(
     shard: LinearShard,
     rows: float,
@@ -232,22 +235,20 @@ def step_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gpu: bo
     return hardware.step_overhead_s + layers * hardware.layer_overhead_s + chosen * hardware.logits_s_per_token
 
 
-def queueing_s(
-    workload: Workload, layers: Sequence[PlacedLayer], call: Call, hardware: HardwareProfile, on_gpu: bool
-) -> float:
-    """What Python needs to queue a prompt's layers on a GPU, which works on them meanwhile; a decode step is captured.
+def is_queued(call: Call, on_gpu: bool) -> bool:
+    """Whether Python queues every layer of a pass on a GPU: those of a prompt; a decode step is captured."""
+    return on_gpu and call.q_len > 1
+
+
+def queueing_s(workload: Workload, products: int, call: Call, hardware: HardwareProfile, on_gpu: bool) -> float:
+    """What Python needs to queue a prompt's layers on a GPU, which works on them meanwhile. products: `gpu_products` of
+    all layers.
 
     The profile's layer has four linears of one product each; large ones over codes are several, and so is one of which
     a part is streamed.
     """
-    if not on_gpu or call.q_len == 1:
+    if not is_queued(call, on_gpu):
         return 0.0
-    products = sum(
-        layer.times * gpu_products(shard, placement, call.rows, workload, hardware)
-        for layer in layers
-        for shard, placement in layer.linears
-        if not shard.is_head
-    )
     more = max(0, products - LINEARS_PER_LAYER * workload.num_layers)
     return hardware.gpu_layer_overhead_s * workload.num_layers + product_queueing_s(hardware) * more
 

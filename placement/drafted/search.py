@@ -67,4 +67,4 @@ def _beside(request: PlanRequest, place: Drafter | None, drafting: Drafting) -> 
         )
         if any(limit is not None and limit < taken[where] for where, limit in request.limits.items()):
             return None
-    return replace(request, workload=replace(request.workload, drafting=drafting))
+    return replace(request, workload=request.workload.resized(drafting=drafting))

@@ -16,9 +16,10 @@ from placement.plan.units import format_bytes
 from placement.plan.workload import Workload
 from placement.policy.policy import Policy
 from placement.policy.problems import PolicyError
-from placement.solve.make_plan import make_plan, predict_plan
+from placement.solve.make_plan import plan_for_figures, predict_plan
 from placement.solve.problem import Candidate
 from placement.solve.refusals import BudgetError
+from placement.solve.request import requested
 
 GIB = 2**30
 BASELINE_CHUNK = 512  # rows that llama.cpp computes at a time
@@ -39,7 +40,8 @@ def _estimate(
 ) -> Estimate:
     """The best plan under these circumstances. note: what is to be said of it."""
     try:
-        found = make_plan(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes)
+        asked = requested(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes)
+        found = plan_for_figures(asked)
     except BudgetError as error:
         return Estimate(label, None, None, f"needs {format_bytes(error.needed_bytes)}")
     except PolicyError as error:
@@ -55,7 +57,8 @@ def losses(workload: Workload, hardware: HardwareProfile, policy: Policy, plan: 
         return
     less, budget = hardware.with_less_dram(LESS_DRAM), plan.gpu_memory_bytes - LESS_GPU_BYTES
     try:
-        slower = make_plan(workload, less, policy, device=plan.device, gpu_memory_bytes=max(1, budget))
+        asked = requested(workload, less, policy, device=plan.device, gpu_memory_bytes=max(1, budget))
+        slower = plan_for_figures(asked)
     except (BudgetError, PolicyError):
         return
     predicted = slower.predicted

@@ -9,17 +9,28 @@ from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Plan
 from placement.plan.workload import Workload
 from placement.policy.policy import Policy
-from placement.solve.make_plan import make_plan, plan_with_alternatives
+from placement.solve.make_plan import Searched, make_plan, plan_with_alternatives
 from placement.solve.refusals import BudgetError
 from placement.solve.request import requested
 
 
 def explain(
-    workload: Workload, hardware: HardwareProfile, policy: Policy, *, device: str, gpu_memory_bytes: int | None = None
+    workload: Workload,
+    hardware: HardwareProfile,
+    policy: Policy,
+    *,
+    device: str,
+    gpu_memory_bytes: int | None = None,
+    searched: Searched | None = None,
 ) -> Explanation:
-    """Plan and explain: arguments and errors of make_plan, and several times its time, for it plans several times."""
-    asked = requested(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes)
-    plan, found = plan_with_alternatives(asked)
+    """Plan and explain: arguments and errors of make_plan, and several times its time, for it plans several times.
+
+    searched: the plan for these very arguments, where it is known.
+    """
+    if searched is None:
+        asked = requested(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes)
+        searched = plan_with_alternatives(asked)
+    plan, found = searched
     more, less = tuple(gains(workload, hardware, policy, plan)), tuple(losses(workload, hardware, policy, plan))
     others = () if device == "cpu" else tuple(alternatives(workload, hardware, policy, plan, found))
     decides = bottleneck(plan.predicted.decode, plan.predicted.prefill)

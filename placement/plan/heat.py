@@ -66,17 +66,18 @@ def by_gain(curves: Sequence[Sequence[float]], total: int) -> list[int]:
     A curve may rise late, since fewer than a row chooses hold nothing: they are given out by whole edges of the curve's
     upper hull, the steepest first, until the next one does not fit.
     """
-    edges = sorted(
-        (
-            (-(curve[stop] - curve[start]) / (stop - start), start, layer, stop)
-            for layer, curve in enumerate(curves)
-            for start, stop in _hull(tuple(curve))
-        ),
-    )
+    alike: dict[tuple[float, ...], list[int]] = {}
+    for layer, curve in enumerate(curves):
+        alike.setdefault(tuple(curve), []).append(layer)
+    edges: dict[tuple[float, int], list[tuple[int, int]]] = {}
+    for known, layers in alike.items():
+        for start, stop in _hull(known):
+            edges.setdefault((-_slope(known, start, stop), start), []).extend((layer, stop) for layer in layers)
     given = [0] * len(curves)
-    for _, start, layer, stop in edges:
-        if given[layer] == start and stop - start <= total:
-            given[layer], total = stop, total - (stop - start)
+    for (_, start), of_layers in sorted(edges.items()):
+        for layer, stop in sorted(of_layers):
+            if given[layer] == start and stop - start <= total:
+                given[layer], total = stop, total - (stop - start)
     return given
 
 

@@ -2,7 +2,7 @@
 what a sequence takes of its cache."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from placement.plan.memory import (
     KvPlacement,
@@ -15,18 +15,31 @@ from placement.plan.memory import (
     linear_bytes,
     staging_piece_bytes,
 )
-from placement.plan.shards import KvShard, LinearShard
+from placement.plan.shards import KvShard, LayerShards, LinearShard
 from placement.plan.workload import Workload, round_up
 
 KV_BYTES = {"gpu": kv_gpu_bytes, "pinned": kv_pinned_bytes, "host": kv_host_bytes}
 
 
 class PlacedLayer(NamedTuple):
-    """`times` layers, or the head, that are alike and placed alike; one of them stands for all."""
+    """`times` layers, or the head, that are alike and placed alike; one of them stands for all. key: what they have in
+    common, and no other layer of any placement of the workload has."""
 
     times: int
     linears: tuple[tuple[LinearShard, LinearPlacement], ...]
     kv: tuple[KvShard, KvPlacement] | None
+    key: tuple[Any, ...]
+
+    @property
+    def has_expert_slots(self) -> bool:
+        """Whether some of it is in expert slots."""
+        return any(placement.expert_slots for _, placement in self.linears)
+
+    def key_of(self, tier: int, head_tier: int) -> tuple[object, ...]:
+        """The key less what other row tiers stream: layers that share it are alike in a pass of these tiers."""
+        kind, cache, *cuts = self.key
+        at = head_tier if self.linears and self.linears[0][0].is_head else tier
+        return kind, cache, *[(home, streams[at], *warm) for home, streams, *warm in cuts]
 
 
 def placed_layers(
@@ -39,53 +52,54 @@ def placed_layers(
             f"workload {workload.model} has {len(workload.linears)} linears and {len(workload.kv)} caches, got "
             f"placements of {len(linears)} and {len(kv)}"
         )
+    cuts = _cuts(workload, linears)
     counts: dict[tuple[object, ...], int] = {}
-    first: dict[tuple[object, ...], PlacedLayer] = {}
+    first: dict[tuple[object, ...], LayerShards] = {}
     for layer in workload.by_layer:
-        cuts = [_cut(workload.linears[i], linears[i], workload.drafting is not None) for i in layer.linears]
-        cache = None if layer.kv is None else (workload.kv[layer.kv], kv[layer.kv])
-        key = layer.kind, cache and (cache[1].gpu_kv_heads, cache[1].gpu_tokens), *cuts
+        cache = None if layer.kv is None else (kv[layer.kv].gpu_kv_heads, kv[layer.kv].gpu_tokens)
+        key = layer.kind, cache, *[cuts[i] for i in layer.linears]
         counts[key] = counts.get(key, 0) + 1
-        if key not in first:
-            first[key] = PlacedLayer(1, tuple((workload.linears[i], linears[i]) for i in layer.linears), cache)
-    return tuple(layer._replace(times=counts[key]) for key, layer in first.items())
+        first.setdefault(key, layer)
+
+    def placed(key: tuple[object, ...], layer: LayerShards) -> PlacedLayer:
+        cache = None if layer.kv is None else (workload.kv[layer.kv], kv[layer.kv])
+        return PlacedLayer(counts[key], tuple((workload.linears[i], linears[i]) for i in layer.linears), cache, key)
+
+    return tuple(placed(key, layer) for key, layer in first.items())
 
 
-def _cut(shard: LinearShard, placement: LinearPlacement, drafts: bool) -> tuple[object, ...]:
-    """What of a placement a cost depends on, with how warm experts are where some are in expert slots or streamed by
+def _cuts(workload: Workload, linears: Sequence[LinearPlacement]) -> list[tuple[object, ...]]:
+    """What of each placement a cost depends on, with how warm experts are where some are in expert slots or streamed by
     heat, or rows are neighbours."""
-    is_by_heat = placement.expert_slots or drafts or (shard.picks and placement.streams)
-    warm = (placement.expert_slots, shard.heat) if is_by_heat else ()
-    return placement.gpu_units, placement.stream_units, *warm
+    drafts = workload.drafting is not None
+    return [
+        (placed.gpu_units, placed.stream_units, placed.expert_slots, shard.heat)
+        if placed.expert_slots or drafts or shard.picks and placed.streams
+        else (placed.gpu_units, placed.stream_units)
+        for shard, placed in zip(workload.linears, linears, strict=True)
+    ]
 
 
-def placed_bytes(workload: Workload, layers: Sequence[PlacedLayer], place: str) -> int:
-    """Bytes of weights and cache at a place (gpu | pinned | host), as `memory_report` counts them."""
-    kv_bytes = KV_BYTES[place]
+class LayerBytes(NamedTuple):
+    """What a layer takes by place, as `memory_report` counts weights, expert slots and cache; and the largest staging
+    slot that it needs."""
 
-    def of_linear(shard: LinearShard, placement: LinearPlacement) -> int:
-        own = linear_bytes(workload, shard, placement, place)
-        return own + expert_slot_bytes(shard, placement) if place == "gpu" else own
-
-    return sum(
-        layer.times
-        * (
-            sum(of_linear(shard, placement) for shard, placement in layer.linears)
-            + (kv_bytes(workload, *layer.kv) if layer.kv else 0)
-        )
-        for layer in layers
-    )
+    gpu: int
+    pinned: int
+    host: int
+    staging_slot: int
 
 
-def placed_staging_slot_bytes(workload: Workload, layers: Sequence[PlacedLayer]) -> int:
-    """Size of a staging slot, as `staging_slot_bytes` counts it."""
-    pieces = (
-        staging_piece_bytes(shard, workload)
-        for layer in layers
-        for shard, placement in layer.linears
-        if placement.streams
-    )
-    return max(pieces, default=0)
+def layer_bytes(workload: Workload, layer: PlacedLayer) -> LayerBytes:
+    """What one layer takes."""
+
+    def at(place: str) -> int:
+        weights = sum(linear_bytes(workload, shard, placement, place) for shard, placement in layer.linears)
+        return weights + (KV_BYTES[place](workload, *layer.kv) if layer.kv else 0)
+
+    expert_slots = sum(expert_slot_bytes(shard, placement) for shard, placement in layer.linears)
+    pieces = (staging_piece_bytes(shard, workload) for shard, placement in layer.linears if placement.streams)
+    return LayerBytes(at("gpu") + expert_slots, at("pinned"), at("host"), max(pieces, default=0))
 
 
 def kv_bytes_at(workload: Workload, kv: Sequence[KvPlacement], context: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cpu_kernels.formats import segments
 from placement.plan.drafting import Drafting, Guesses
@@ -25,6 +25,8 @@ STAGING_PIECE_BYTES = 8 * 2**20
 # four serve 4 to 16 points more than two where the bus has time for them, of routes of 4 up to 5 points fewer where a
 # batch then takes it twice as long; and they take DRAM from the CPU lane.
 MOST_INSERTS = 2
+
+OF_SHARDS = ("by_layer", "layers", "num_layers", "layer_features", "has_row_cuts")  # what linears and kv alone decide
 
 DRAFTED_ROWS = 16  # of a pass, with drafts, however few sequences there are
 
@@ -57,22 +59,20 @@ class Workload:
     """Everything the planner may know about a model and the use made of it.
 
     weight_dtype: what tables call the formats of the linears. kv_dtype: fp32 | bf16 | q8 | q4. embed_bytes: the token
-    embedding, read a row at a time from host memory.
-    resident_bytes: norms, biases, rotary tables: in GPU memory whenever there is a GPU.
-    activation_bytes_per_row: peak activations of one token row in GPU memory; host_activation_bytes_per_row: in host
-    memory, 0 is as many. max_context, prefill_chunk: tokens; max_batch:
+    embedding, read a row at a time from host memory. resident_bytes: norms, biases, rotary tables: in GPU memory
+    whenever there is a GPU. activation_bytes_per_row: peak activations of one token row in GPU memory;
+    host_activation_bytes_per_row: in host memory, 0 is as many. max_context, prefill_chunk: tokens; max_batch:
     sequences; page_size: tokens of one KV page. elastic: units in GPU memory have a copy in DRAM, so that a loaded
     model can move to a plan for another GPU budget. kv_tokens: KV slots that all sequences share, None is max_context
     for each; a sequence reserves the pages of its own prompt and answer, so fewer slots still serve many short ones.
-    staging_piece_bytes: of what crosses the bus at a time, which is what a staging slot holds.
-    row_cuts: o and down as a paired plan cuts them, by rows; empty where only column plans are possible.
-    chunk_choices: prefill chunks that the planner may choose instead, ascending; empty where the chunk is given.
-    smaller_chunks: those below them, descending, for budgets in which none of them finds room: one after another.
-    small_calls: operations of a pass on the CPU beside linears and attention; 0 is four a layer. states: what layers
-    keep of each sequence beside keys and values. prefix_states: at how many ends of prompts they are kept in host
-    memory, for prompts that go on from there. inserts: the most experts of a layer that are copied into expert slots
-    behind a step, 0 leaves in them what is there. drafting: how tokens are made where somebody drafts, None
-    where nobody does.
+    staging_piece_bytes: of what crosses the bus at a time, which is what a staging slot holds. row_cuts: o and down as
+    a paired plan cuts them, by rows; empty where only column plans are possible. chunk_choices: prefill chunks that the
+    planner may choose instead, ascending; empty where the chunk is given. smaller_chunks: those below them, descending,
+    for budgets in which none of them finds room: one after another. small_calls: operations of a pass on the CPU beside
+    linears and attention; 0 is four a layer. states: what layers keep of each sequence beside keys and values.
+    prefix_states: at how many ends of prompts they are kept in host memory, for prompts that go on from there. inserts:
+    the most experts of a layer that are copied into expert slots behind a step, 0 leaves in them what is there.
+    drafting: how tokens are made where somebody drafts, None where nobody does.
     """
 
     model: str
@@ -118,9 +118,15 @@ class Workload:
 
     def with_chunk(self, choice: ChunkChoice) -> "Workload":
         """The workload with one of its chunk choices, and none left."""
-        return replace(
-            self, prefill_chunk=choice.rows, resident_bytes=choice.resident_bytes, chunk_choices=(), smaller_chunks=()
+        return self.resized(
+            prefill_chunk=choice.rows, resident_bytes=choice.resident_bytes, chunk_choices=(), smaller_chunks=()
         )
+
+    def resized(self, **changes: Any) -> "Workload":
+        """The workload with other values than its shards; what those alone decide is found out once."""
+        other = replace(self, **changes)
+        vars(other).update((name, getattr(self, name)) for name in OF_SHARDS)
+        return other
 
     def is_called_alike(self, other: "Workload") -> bool:
         """Whether another workload differs in how many experts are copied into expert slots at most."""
@@ -167,6 +173,11 @@ class Workload:
     def weight_bytes(self) -> int:
         """Packed bytes of every linear."""
         return sum(shard.total_bytes for shard in self.linears)
+
+    @cached_property
+    def has_row_cuts(self) -> bool:
+        """Whether some linear is cut by rows."""
+        return any(shard.row_cut for shard in self.linears)
 
     @cached_property
     def num_layers(self) -> int:
@@ -282,11 +293,8 @@ class Workload:
         """Every shard name, in model order."""
         yield "embed"
         by_layer: dict[int | None, list[str]] = {}
-        for shard in self.linears:
+        shards: tuple[LinearShard | KvShard, ...] = (*self.linears, *self.kv)
+        for shard in shards:
             by_layer.setdefault(shard.layer, []).append(shard.name)
-        kv = {shard.layer: shard.name for shard in self.kv}
-        for layer in self.layers:
+        for layer in (*self.layers, None):
             yield from by_layer.get(layer, [])
-            if layer in kv:
-                yield kv[layer]
-        yield from by_layer.get(None, [])

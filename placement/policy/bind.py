@@ -8,7 +8,7 @@ from fnmatch import translate
 
 from placement.plan.shards import KvShard, LinearShard
 from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_NAMES, Workload
-from placement.policy.bounds import Bounds, KvBounds, LinearBounds
+from placement.policy.bounds import FREE, FREE_KV, Bounds, KvBounds, LinearBounds
 from placement.policy.fields import Share
 from placement.policy.policy import Policy
 from placement.policy.problems import PolicyError
@@ -39,12 +39,12 @@ def bind(policy: Policy, workload: Workload, device: str) -> Bounds:
     for shard in workload.linears:
         index = _first(policy.rules, shard.name, lambda rule: rule.sets_linears)
         reached.add(index)
-        free = _cpu_only(shard) if device == "cpu" else LinearBounds()
+        free = _cpu_only(shard) if device == "cpu" else FREE
         linears.append(_collect(conflicts, policy, index, free, linear_bounds, shard, device))
     for cache in workload.kv:
         index = _first(policy.rules, cache.name, lambda rule: rule.kv is not None)
         reached.add(index)
-        open_bounds = KvBounds(0, 0) if device == "cpu" else KvBounds()
+        open_bounds = KvBounds(0, 0) if device == "cpu" else FREE_KV
         kv.append(_collect(conflicts, policy, index, open_bounds, _kv_bounds, cache, device, workload))
     problems += [f"{where}: {_some(names)} {what}" for (where, what), names in conflicts.items()]
     reached |= {_dtype_rule(policy, shard.name) for shard in workload.linears}
@@ -95,6 +95,8 @@ def _dtype_rule(policy: Policy, name: str) -> int | None:
 
 
 def _first(rules: tuple[Rule, ...], name: str, concerns) -> int | None:
+    if not rules:
+        return None
     return next((i for i, rule in enumerate(rules) if concerns(rule) and matches(rule.match, name)), None)
 
 

@@ -24,7 +24,7 @@ class LinearBounds:
 
     def allows(self, placement: LinearPlacement) -> bool:
         """Whether a placement has every width that is fixed."""
-        if self == FREE:
+        if self is FREE or self == FREE:
             return True
         if self.expert_slots not in (None, placement.expert_slots):
             return False
@@ -51,6 +51,9 @@ class KvBounds:
         heads_fit = self.gpu_kv_heads is None or self.gpu_kv_heads == placement.gpu_kv_heads
         tokens_fit = not placement.gpu_kv_heads or self.gpu_tokens in (None, placement.gpu_tokens)
         return heads_fit and tokens_fit
+
+
+FREE_KV = KvBounds()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from placement.program.native_output import without_native_output
+from placement.program.prices import Arrays, Relaxed, UndecidedError, relaxed
 
 # A node limit and not a time limit: the same program gives the same answer on a slow machine.
 NODE_LIMIT = 300
@@ -47,6 +48,22 @@ class Program:
         """Require sum(terms) == value."""
         self.rows.append((terms, value, value))
 
+    def arrays(self) -> Arrays:
+        """The program as it is now, as the solver takes it."""
+        import numpy as np
+        from scipy.sparse import csr_array
+
+        starts = np.cumsum([0] + [len(terms) for terms, _, _ in self.rows])
+        columns = np.fromiter((column for terms, _, _ in self.rows for column in terms), dtype=np.int64)
+        values = np.fromiter((value for terms, _, _ in self.rows for value in terms.values()), dtype=np.float64)
+        return Arrays(
+            np.array(self.costs),
+            csr_array((values, columns, starts), shape=(len(self.rows), len(self.costs))),
+            np.array([(low, high) for _, low, high in self.rows], dtype=np.float64),
+            np.array(self.lower, dtype=np.float64),
+            np.array(self.upper, dtype=np.float64),
+        )
+
     def solve(self, whole_numbers: bool = True) -> list[float] | None:
         """Values of an optimal solution (within RELATIVE_GAP), or None when there is none.
 
@@ -54,22 +71,27 @@ class Program:
         """
         import numpy as np
         from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
 
-        starts = np.cumsum([0] + [len(terms) for terms, _, _ in self.rows])
-        columns = np.fromiter((column for terms, _, _ in self.rows for column in terms), dtype=np.int64)
-        values = np.fromiter((value for terms, _, _ in self.rows for value in terms.values()), dtype=np.float64)
-        matrix = csr_array((values, columns, starts), shape=(len(self.rows), len(self.costs)))
-        limits = np.array([(low, high) for _, low, high in self.rows], dtype=np.float64)
+        costs, matrix, rows, lower, upper = self.arrays()
         with without_native_output():
             result = milp(
-                np.array(self.costs),
+                costs,
                 integrality=np.array(self.integer, dtype=np.int64) * whole_numbers,
-                bounds=Bounds(np.array(self.lower, dtype=np.float64), np.array(self.upper, dtype=np.float64)),
-                constraints=LinearConstraint(matrix, limits[:, 0], limits[:, 1]),
+                bounds=Bounds(lower, upper),
+                constraints=LinearConstraint(matrix, rows[:, 0], rows[:, 1]),
                 options={"mip_rel_gap": RELATIVE_GAP, "node_limit": NODE_LIMIT, "disp": False},
             )
         return None if result.x is None else result.x.tolist()
+
+    def relaxed(self) -> Relaxed | None:
+        """What the program costs without whole numbers, and the prices of its rows; None when there is no solution."""
+        try:
+            return relaxed(self.arrays())
+        except UndecidedError:
+            values = self.solve(whole_numbers=False)
+        if values is None:
+            return None
+        return Relaxed(sum(cost * value for cost, value in zip(self.costs, values, strict=True)), [])
 
 
 def add(terms: dict[int, float], variable: int, coefficient: float) -> None:

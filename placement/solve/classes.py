@@ -5,7 +5,7 @@ of them is described by those numbers (placement.solve.formulation) and laid out
 (placement.solve.search).
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from placement.plan.shards import KvShard, LayerShards, LinearShard
@@ -47,13 +47,24 @@ def layer_families(workload: Workload, bounds: Bounds) -> list[list[LayerShards]
     """Group layers with equal shards and bounds; ordered by what they are, not by where they stand in the model."""
     known: dict[tuple[object, ...], str] = {}
     families: dict[str, list[LayerShards]] = {}
+    of_linear, of_kv = ([*_numbered(of_shards)] for of_shards in (bounds.linears, bounds.kv))
     for layer in workload.by_layer:
-        cache_bounds = None if layer.kv is None else bounds.kv[layer.kv]
-        key = layer.kind, cache_bounds, *(bounds.linears[i] for i in layer.linears)
+        key = layer.kind, None if layer.kv is None else of_kv[layer.kv], *[of_linear[i] for i in layer.linears]
         if key not in known:
             known[key] = _signature(workload, bounds, layer)
         families.setdefault(known[key], []).append(layer)
     return [families[key] for key in sorted(families)]
+
+
+def _numbered(bounds: Sequence[Hashable]) -> Iterator[int]:
+    """A number for each of the bounds, equal ones alike. Most are one object, which is found sooner than its equals."""
+    by_id: dict[int, int] = {}
+    by_value: dict[Hashable, int] = {}
+    for bound in bounds:
+        number = by_id.get(id(bound))
+        if number is None:
+            number = by_id[id(bound)] = by_value.setdefault(bound, len(by_value))
+        yield number
 
 
 def _signature(workload: Workload, bounds: Bounds, layer: LayerShards) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from math import inf
 
 from placement.cost.terms import WeightedCall
+from placement.program.prices import Relaxed, least_cost
 from placement.solve.decisions import Budgets, Homes, Totals
 from placement.solve.pass_time import TIE_BREAK, PassTime
 from placement.solve.problem import Problem
@@ -34,6 +35,11 @@ class Formulation:
             PassTime(unknowns, weighted).add()
         self._prefer_affinity(unknowns.calls[0])
         self._limit_memory()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the program, alike in programs with the same unknowns."""
+        return len(self._unknowns.program.rows)
 
     def solve(self, most_s: float = inf) -> Totals | None:
         """The best placement, or None when the budgets allow none that takes `most_s` seconds at most."""
@@ -62,11 +68,16 @@ class Formulation:
             self._seconds(values),
         )
 
-    def least_s(self) -> float | None:
-        """Seconds below which no placement gets: those of the program without whole numbers. None when there is
-        none."""
-        values = self._unknowns.program.solve(whole_numbers=False)
-        return None if values is None else self._seconds(values)
+    def relaxed(self) -> Relaxed | None:
+        """Seconds below which no placement gets: those of the program without whole numbers; and its prices, for
+        `least_s`. None when there is no placement. Equal programs have equal seconds, whatever their rounding."""
+        found = self._unknowns.program.relaxed()
+        return None if found is None else Relaxed(float(f"{found.cost / self._unknowns.time_scale:.9e}"), found.prices)
+
+    def least_s(self, prices: Sequence[float]) -> float:
+        """Seconds below which no placement gets, by the prices of a program with the same unknowns that differs in
+        numbers alone; -inf where they say nothing."""
+        return least_cost(self._unknowns.program.arrays(), prices) / self._unknowns.time_scale
 
     def _seconds(self, values: list[float]) -> float:
         program = self._unknowns.program

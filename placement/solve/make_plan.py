@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
+from typing import NamedTuple
 
 from placement.cost.model import predict
 from placement.cost.objective import objective_s, reference_batch, reference_calls, reference_context, reference_prompt
@@ -38,12 +39,32 @@ def make_plan(
 
 def plan_requested(asked: PlanRequest) -> Plan:
     """The plan for a request in which nothing is open; PolicyError and BudgetError as `make_plan`."""
-    return plan_with_alternatives(asked)[0]
+    return plan_with_alternatives(asked).plan
 
 
-def plan_with_alternatives(asked: PlanRequest) -> tuple[Plan, list[Candidate]]:
+def plan_for_figures(asked: PlanRequest) -> Plan:
+    """`plan_requested` for who wants its memory and what is predicted of it alone: row tiers that no reference request
+    has, of which neither depends, stream nothing. Each would be a program to solve."""
+    requests, found = _searched(asked)
+    return _plan_of_fastest(requests, found, in_every_tier=False)
+
+
+class Searched(NamedTuple):
     """The plan for a request, and every candidate that the search compared, fastest first, what does not fit last; the
-    first is the plan's.
+    first is the plan's."""
+
+    plan: Plan
+    candidates: list[Candidate]
+
+
+def plan_with_alternatives(asked: PlanRequest) -> Searched:
+    """The plan for a request beside what it was compared with; PolicyError and BudgetError as `make_plan`."""
+    requests, found = _searched(asked)
+    return Searched(_plan_of_fastest(requests, found), found)
+
+
+def _searched(asked: PlanRequest) -> tuple[list[PlanRequest], list[Candidate]]:
+    """The request in every shape and chunk that was tried, and the candidates of all, as `Searched` has them.
 
     Smaller prefill chunks than the budget of GPU memory suggests are tried one after the other while nothing fits, and
     while the smallest yet is the best: weights and cache gain what its activations leave of any memory.
@@ -62,7 +83,7 @@ def plan_with_alternatives(asked: PlanRequest) -> tuple[Plan, list[Candidate]]:
             break
     if not found:
         raise _explain_failure(tried)
-    return _plan_of_fastest(requests, found), found
+    return requests, found
 
 
 def fastest_plan(requests: Sequence[PlanRequest]) -> tuple[Plan, PlanRequest] | None:
@@ -80,10 +101,10 @@ def fastest_plan(requests: Sequence[PlanRequest]) -> tuple[Plan, PlanRequest] | 
     return _plan_of_fastest(requests, best), _request_of(requests, best[0])
 
 
-def _plan_of_fastest(requests: Sequence[PlanRequest], found: Sequence[Candidate]) -> Plan:
+def _plan_of_fastest(requests: Sequence[PlanRequest], found: Sequence[Candidate], in_every_tier: bool = True) -> Plan:
     best = found[0]
     request = replace(_request_of(requests, best), workload=best.problem.workload)
-    plan = plan_of(request, complete(best))
+    plan = plan_of(request, complete(best) if in_every_tier else best)
     _check_budgets(request, plan)
     return plan
 

@@ -25,7 +25,7 @@ def paired_workload(workload: Workload) -> Workload:
 
 def is_paired(workload: Workload) -> bool:
     """Whether some linear is cut by rows."""
-    return any(shard.row_cut for shard in workload.linears)
+    return workload.has_row_cuts
 
 
 def first_names(workload: Workload) -> dict[str, str]:
@@ -37,9 +37,9 @@ def first_names(workload: Workload) -> dict[str, str]:
 def _first(linears: Sequence[LinearShard], row: int) -> int:
     """Position of the linear before a row cut in its block."""
     block = (linears[row].layer, linears[row].block)
-    before = [i for i in range(row) if (linears[i].layer, linears[i].block) == block]
-    assert before, f"{linears[row].name} is cut by rows, and its block has no linear before it"
-    return before[-1]
+    before = next((i for i in reversed(range(row)) if (linears[i].layer, linears[i].block) == block), None)
+    assert before is not None, f"{linears[row].name} is cut by rows, and its block has no linear before it"
+    return before
 
 
 def pairs(cls: LayerClass) -> Iterator[tuple[int, int]]:

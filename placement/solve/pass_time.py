@@ -10,18 +10,22 @@ of the sums of its parts.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
-from placement.cost.attention import attention_cost
+from placement.cost.attention import AttentionCost, attention_cost, attention_key
 from placement.cost.terms import (
     LINEARS_PER_LAYER,
+    LinearCost,
     WeightedCall,
     copy_passes,
+    cost_key,
     interference,
     least_products,
     product_queueing_s,
     small_ops_s,
     stage_cost,
 )
+from placement.plan.shards import KvShard, LinearShard
 from placement.plan.workload import round_up
 from placement.program.program import add
 from placement.solve.classes import LayerClass, LinearClass
@@ -63,6 +67,7 @@ class PassTime:
     def __init__(self, unknowns: Unknowns, weighted: WeightedCall) -> None:
         self._unknowns, self._program, self._weighted = unknowns, unknowns.program, weighted
         self._hardware, self._scale = unknowns.hardware, unknowns.time_scale
+        self._known = unknowns.costs.of(unknowns.workload, weighted.call, True)
         self._lost = 1 - self._hardware.overlap_of(weighted.call.q_len)
         self._time = self._program.variable(cost=weighted.weight)
         self._lost_time = self._program.variable(cost=weighted.weight) if self._lost else None
@@ -143,8 +148,8 @@ class PassTime:
         shard, call, scale = linear.shard, self._weighted.call, self._scale
         is_head = shard.is_head
         block = blocks.get(shard.block)
-        rows, weight_format = call.logits_rows if is_head else call.rows, self._unknowns.workload.format_of(shard)
-        cost = stage_cost(shard, rows, weight_format, self._hardware, block is not None, call.together)
+        rows = call.logits_rows if is_head else call.rows
+        cost = self._stage_cost(shard, rows, block is not None)
         variables = self._unknowns.linears[c, i]
         on_cpu, streamed, layers = variables.cpu[tier], variables.stream[tier], variables.cpu_layers[tier]
         cpu_s, gpu_s, handover_s = (scale * s for s in (cost.cpu_s_per_unit, cost.gpu_s_per_unit, cost.handover_s))
@@ -195,10 +200,19 @@ class PassTime:
         for variable, coefficient in part.gpu.items():
             add(self._after_another, variable, coefficient)
 
+    def _stage_cost(self, shard: LinearShard, rows: int, paired: bool) -> LinearCost:
+        call, weight_format = self._weighted.call, self._unknowns.workload.format_of(shard)
+        compute = partial(stage_cost, shard, rows, weight_format, self._hardware, paired, call.together)
+        return self._known.once(cost_key(shard, rows, call, paired), compute)
+
+    def _attention_cost(self, shard: KvShard, gpu_tokens: int) -> AttentionCost:
+        asked = shard, self._weighted.call, gpu_tokens, self._unknowns.workload, self._hardware, True
+        return self._known.once(attention_key(shard, gpu_tokens), partial(attention_cost, *asked))
+
     def _attention_over(self, c: int, cls: LayerClass, tokens: int) -> _Stage:
         """Attention where a GPU-owned KV head keeps `tokens` slots in GPU memory."""
-        unknowns, scale, shard, call = self._unknowns, self._scale, cls.kv.shard, self._weighted.call
-        cost = attention_cost(shard, call, tokens, unknowns.workload, self._hardware, True)
+        unknowns, scale, shard = self._unknowns, self._scale, cls.kv.shard
+        cost = self._attention_cost(shard, tokens)
         kv_heads, spills = unknowns.kv_heads[c], cost.spilled_s_per_kv_head > 0
         owned, layers = self._program.variable(), unknowns.layers(cls.count)
         unknowns.attending[c].append(layers)
@@ -223,21 +237,12 @@ class PassTime:
     def _attention_over_free_tokens(self, c: int, cls: LayerClass) -> _Stage:
         """Attention of KV heads that the GPU owns all, where the program decides how many slots they keep: a share
         `far` of what the call sees is in DRAM."""
-        unknowns, program, scale, shard, call = (
-            self._unknowns,
-            self._program,
-            self._scale,
-            cls.kv.shard,
-            self._weighted.call,
-        )
+        unknowns, program, scale = self._unknowns, self._program, self._scale
+        shard, call = cls.kv.shard, self._weighted.call
         every, total = unknowns.workload.full_tokens, cls.count * shard.kv_heads
-        away, near = (attention_cost(shard, call, n, unknowns.workload, self._hardware, True) for n in (0, every))
-        kv_heads, far, spills, layers = (
-            unknowns.kv_heads[c],
-            program.variable(0, 1),
-            program.binary(),
-            program.variable(),
-        )
+        away, near = (self._attention_cost(shard, n) for n in (0, every))
+        kv_heads, far, spills = unknowns.kv_heads[c], program.variable(0, 1), program.binary()
+        layers = program.variable()
         unknowns.attending[c].append(layers)
         seen = shard.visible_tokens(call.stored)
         program.at_least({far: seen, unknowns.tokens: 1 / call.sequences}, seen)

@@ -4,15 +4,16 @@ So the prediction that a plan prints is the number that chose it.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from placement.cost.baselines import NO_STREAM, largest_layer_split, layer_split, stream_all
 from placement.cost.objective import judged_s, layers_objective_s, reference_calls
+from placement.cost.tally import KnownCosts
 from placement.cost.terms import WeightedCall, step_s
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import PLACES, KvPlacement, LinearPlacement, is_all_on_gpu
-from placement.plan.placed import PlacedLayer, placed_bytes, placed_layers, placed_staging_slot_bytes
+from placement.plan.placed import PlacedLayer, placed_layers
 from placement.plan.workload import Workload
 from placement.policy.bounds import Bounds
 from placement.solve.classes import LayerClass, layer_classes, single_layers
@@ -26,7 +27,8 @@ MAX_SINGLE_LINEARS = 12
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be placed. staging_slots: 0 when nothing may stream."""
+    """What is to be placed. staging_slots: 0 when nothing may stream. costs: of placements that were judged, for all
+    problems that were made of this one."""
 
     workload: Workload
     hardware: HardwareProfile
@@ -34,6 +36,7 @@ class Problem:
     objective: str
     staging_slots: int
     budgets: Budgets
+    costs: KnownCosts = field(default_factory=KnownCosts, compare=False, repr=False)
 
     @cached_property
     def calls(self) -> list[WeightedCall]:
@@ -67,7 +70,7 @@ class Problem:
 
     def with_inserts(self, inserts: int) -> "Problem":
         """The problem with so many copies of a layer's experts behind a step at most."""
-        return replace(self, workload=replace(self.workload, inserts=inserts))
+        return replace(self, workload=self.workload.resized(inserts=inserts))
 
     def with_owned_heads(self, every: bool) -> "Problem":
         """The problem in which the GPU owns all KV heads that are free to choose, or none."""
@@ -104,7 +107,9 @@ class Candidate:
     def seconds(self) -> float:
         """Predicted seconds of the reference requests."""
         problem = self.problem
-        return layers_objective_s(problem.workload, self.layers, problem.hardware, problem.calls, self.on_gpu)
+        return layers_objective_s(
+            problem.workload, self.layers, problem.hardware, problem.calls, self.on_gpu, problem.costs
+        )
 
     @cached_property
     def judged_s(self) -> float:
@@ -114,11 +119,11 @@ class Candidate:
     @cached_property
     def used_bytes(self) -> dict[str, int]:
         """Bytes by place that it allocates, everything of fixed size left out; host includes pinned."""
-        workload, layers = self.problem.workload, self.layers
-        used = {place: placed_bytes(workload, layers, place) for place in PLACES}
-        used["gpu"] += self.problem.staging_slots * placed_staging_slot_bytes(workload, layers)
-        used["host"] += used["pinned"]
-        return used
+        problem = self.problem
+        layers = [(each.times, problem.costs.bytes_of(problem.workload, each)) for each in self.layers]
+        gpu, pinned, host = (sum(times * size[at] for times, size in layers) for at in range(len(PLACES)))
+        staging_slot = max((size.staging_slot for _, size in layers), default=0)
+        return {"gpu": gpu + problem.staging_slots * staging_slot, "pinned": pinned, "host": host + pinned}
 
     @property
     def fits(self) -> bool:

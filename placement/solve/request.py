@@ -1,6 +1,6 @@
 """What is asked of the planner with nothing left open: policy, workload and machine meet here, and nowhere after."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from placement.cost.model import working_set_bytes
 from placement.cost.objective import reference_context
@@ -84,8 +84,7 @@ def requested(
             "device cpu"
         )
     _check_sizes(workload, policy)
-    workload = replace(
-        workload,
+    workload = workload.resized(
         elastic=on_gpu and (policy.elastic or workload.elastic),
         staging_piece_bytes=hardware.staging_piece_bytes,
         inserts=workload.inserts if policy.inserts is None else policy.inserts,

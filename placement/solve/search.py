@@ -12,19 +12,10 @@ from typing import NamedTuple
 from placement.cost.objective import judged_s, reference_batch, reference_context
 from placement.plan.workload import round_up
 from placement.solve.decisions import Budgets
-from placement.solve.formulation import formulation
+from placement.solve.formulation import Formulation, formulation
+from placement.solve.improvements import in_expert_slots, with_room_used
 from placement.solve.problem import Candidate, Problem, fastest_first, known_placements
-from placement.solve.room import with_room_used
-from placement.solve.whole_units import (
-    SHARES,
-    filled_up,
-    free_tokens,
-    in_best_number,
-    in_expert_slots,
-    laid_out,
-    with_streams_in_few_layers,
-    with_tokens,
-)
+from placement.solve.whole_units import filled_up, free_tokens, laid_out, with_tokens
 
 # Placements that are tried with every prefill chunk, the fastest first.
 MOST_TRANSFERRED = 4
@@ -33,6 +24,7 @@ MOST_WITH_ROOM = 2  # whose idle memory is given to linears, the fastest first
 # solver stops at a gap.
 PROGRAM_NOISE = 5e-4
 FAR_BEHIND = 1.05  # times the best bound
+ROUNDING = 1e-6  # of a bound by prices, so that a program is asked for its own before it is solved, and in its order
 
 
 def candidates(problems: Sequence[Problem], below_s: float = inf) -> list[Candidate]:
@@ -49,13 +41,16 @@ def candidates(problems: Sequence[Problem], below_s: float = inf) -> list[Candid
     # Everything in GPU memory is among those known already; whatever else a program finds is judged as such.
     while programs and programs[0].least_s < (most_s := best_s / judged_s(1 - PROGRAM_NOISE, False)):
         program = heappop(programs)
-        if not program.is_own:
-            own_s = _least_s(program.problem, program.tokens)
-            if own_s is not None:
-                heappush(programs, program._replace(least_s=own_s + program.problem.once_s, is_own=True))
-            continue
         problem = program.problem
-        solved = formulation(problem, problem.calls, program.tokens).solve(most_s - problem.once_s)
+        if not program.is_own:
+            formulated = program.formulated or formulation(problem, problem.calls, program.tokens)
+            own = formulated.relaxed()
+            if own is not None:
+                least_s = own.cost + problem.once_s
+                heappush(programs, program._replace(least_s=least_s, is_own=True, formulated=formulated))
+            continue
+        assert program.formulated is not None
+        solved = program.formulated.solve(most_s - problem.once_s)
         for candidate in laid_out(problem, solved) if solved else ():
             if candidate.fits:
                 fitting.append(filled_up(candidate))
@@ -65,12 +60,17 @@ def candidates(problems: Sequence[Problem], below_s: float = inf) -> list[Candid
     fitting += _with_other_chunks(problems, fitting)
     at_home = fastest_first(fitting)[:MOST_TRANSFERRED]
     fitting += map(with_room_used, at_home[:MOST_WITH_ROOM])
-    by_expert_slots: list[Candidate] = []
-    for share in SHARES:
-        slotted = [other for each in at_home if (other := in_expert_slots(each, share)) is not None]
-        by_expert_slots += [*slotted, *map(with_streams_in_few_layers, fastest_first(slotted)[:1])]
-    fitting += [*by_expert_slots, *in_best_number(by_expert_slots)]
+    fitting += in_expert_slots(_different(at_home))
     return fastest_first(fitting or too_large)
+
+
+def _different(found: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates less those that are placed and called as one before them, and as fast."""
+    kept: list[Candidate] = []
+    for each in found:
+        if not any(each.seconds == other.seconds and _is_same(each, other) for other in kept):
+            kept.append(each)
+    return kept
 
 
 def candidates_of_gpu_alone(
@@ -142,50 +142,84 @@ def _tiers(problem: Problem) -> set[int]:
 class _Program(NamedTuple):
     """A program worth solving. least_s: seconds below which it cannot get; order: its place among all, which no two
     share; tokens: KV slots of GPU-owned KV heads, None where the program decides them. is_own: whether least_s is its
-    own bound, else that of one with as much GPU memory or more."""
+    own bound, else that of one with as much GPU memory or more, or by the prices of one like it. formulated: itself,
+    where it had to be written down for that."""
 
     least_s: float
     order: int
     problem: Problem
     tokens: int | None
     is_own: bool = True
+    formulated: Formulation | None = None
 
 
 def _programs(problems: Sequence[Problem]) -> list[_Program]:
-    """Every program worth solving, as a heap with the most promising one on top.
-
-    Problems that differ in a drafter alone ask for the same passes: the one with most GPU memory bounds the others, and
-    those are looked at only when it is their turn. Who owns the cache hardly depends on the rows of passes: what is far
-    behind with the first number of them is left out with the others.
-    """
+    """Every program worth solving, as a heap with the most promising one on top."""
     found: list[_Program] = []
-    bounds: dict[Hashable, list[tuple[float | None, float]]] = {}
     first: dict[int, float] = {}
+    bounds: dict[Hashable, list[tuple[float | None, float]]] = {}
     for problem in problems:
-        passes, gpu = _passes(problem), problem.budgets.gpu
-        known = bounds.setdefault(passes, []) if passes else []
-        for place, (variant, tokens) in enumerate(_variants(problem)):
-            if place == len(known) and _is_far_behind(first, place):
-                known.append((None, inf))
-            is_own = place == len(known) or gpu > known[place][1]
-            if is_own:
-                known[place:] = [(_least_s(variant, tokens), gpu)]
-            least_s = known[place][0]
-            if passes:
-                first.setdefault(place, inf if least_s is None else least_s)
-            if least_s is not None:
-                found.append(_Program(least_s + variant.once_s, len(found), variant, tokens, is_own))
+        passes = _passes(problem)
+        if passes:
+            new = _drafted_programs(problem, bounds.setdefault(passes, []), first)
+        else:
+            new = _priced_programs(problem)
+        found += [program._replace(order=len(found) + place) for place, program in enumerate(new)]
     heapify(found)
     return found
+
+
+def _drafted_programs(
+    problem: Problem, known: list[tuple[float | None, float]], first: dict[int, float]
+) -> Iterator[_Program]:
+    """The programs of a problem that may differ from others in a drafter alone: the one with most GPU memory bounds the
+    others, which are looked at only when it is their turn. Who owns the cache hardly depends on the rows of passes:
+    what is far behind with the first number of them is left out with the others.
+
+    known: of problems that ask for the same passes, bounds and GPU memory by the place of a program; first: the first
+    bounds of all problems likewise.
+    """
+    gpu = problem.budgets.gpu
+    for place, (variant, tokens) in enumerate(_variants(problem)):
+        formulated = None
+        if place == len(known) and _is_far_behind(first, place):
+            known.append((None, inf))
+        is_own = place == len(known) or gpu > known[place][1]
+        if is_own:
+            formulated = formulation(variant, variant.calls, tokens)
+            own = formulated.relaxed()
+            known[place:] = [(None if own is None else own.cost, gpu)]
+        least_s = known[place][0]
+        first.setdefault(place, inf if least_s is None else least_s)
+        if least_s is not None:
+            yield _Program(least_s + variant.once_s, 0, variant, tokens, is_own, formulated)
+
+
+def _priced_programs(problem: Problem) -> list[_Program]:
+    """The programs of a problem, in the order of `_variants`: the last one bounds those before it by its prices, which
+    mostly differ in how much of the cache is in GPU memory. That takes a tenth of the time of a bound of their own, and
+    most of them never need one."""
+    found: list[_Program] = []
+    prices: dict[int, Sequence[float]] = {}
+    for variant, tokens in reversed([*_variants(problem)]):
+        formulated = formulation(variant, variant.calls, tokens)
+        known = prices.get(formulated.num_rows)
+        least_s = -inf if known is None else (1 - ROUNDING) * formulated.least_s(known)
+        is_own = least_s <= 0
+        if is_own:
+            own = formulated.relaxed()
+            if own is None:
+                continue
+            least_s = own.cost
+            if own.prices:
+                prices.setdefault(formulated.num_rows, own.prices)
+        found.append(_Program(least_s + variant.once_s, 0, variant, tokens, is_own, formulated))
+    return found[::-1]
 
 
 def _is_far_behind(bounds: Mapping[int, float], place: int) -> bool:
     """Whether a program's bound is known and lies far above the least of these."""
     return place in bounds and inf > bounds[place] > FAR_BEHIND * min(bounds.values())
-
-
-def _least_s(problem: Problem, tokens: int | None) -> float | None:
-    return formulation(problem, problem.calls, tokens).least_s()
 
 
 def _passes(problem: Problem) -> Hashable:

@@ -75,11 +75,10 @@ def placements(
     for (c, i), homes in spread.homes.items():
         nothing = (0,) * len(homes)
         by_tier = [spread.streams.get((c, i, tier), nothing) for tier in range(NUM_ROW_TIERS)]
-        for position, index in enumerate(classes[c].linears[i].indices):
+        expert_slots = classes[c].linears[i].bounds.expert_slots or 0
+        for index, home, stream in zip(classes[c].linears[i].indices, homes, zip(*by_tier, strict=True), strict=True):
             shard = workload.linears[index]
-            stream = tuple(tier[position] for tier in by_tier)
-            expert_slots = classes[c].linears[i].bounds.expert_slots or 0
-            linears[index] = LinearPlacement(shard.name, homes[position], stream, shard.units, expert_slots)
+            linears[index] = LinearPlacement(shard.name, home, stream, shard.units, expert_slots)
     kv: dict[int, KvPlacement] = {}
     for c, kv_heads in spread.kv_heads.items():
         kept = gpu_tokens_of(workload, classes[c].kv.shard, classes[c].kv.bounds, gpu_tokens)

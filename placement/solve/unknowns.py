@@ -55,7 +55,7 @@ class Unknowns:
     ) -> None:
         workload, classes = problem.workload, problem.classes
         self.workload, self.hardware, self.classes, self.calls = workload, problem.hardware, classes, calls
-        self.gpu_tokens, self.budgets, self.homes = gpu_tokens, budgets, homes
+        self.gpu_tokens, self.budgets, self.homes, self.costs = gpu_tokens, budgets, homes, problem.costs
         self.staging_slots = problem.staging_slots if homes is None or homes.staging_slot_bytes else 0
         self.program = Program()
         self.time_scale = 100.0 / max(self._cpu_only_s(), 1e-9)

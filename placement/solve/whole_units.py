@@ -1,34 +1,24 @@
 """From a program's solution, in fractions and totals, to placements in whole units: laid out over the layers, tidied
-where a share is not worth its hand-over, and filled up with cache; and with expert slots.
-
-The program knows experts as units of which each step reads a share; it finds how much memory is left for them behind
-what every token reads. Expert slots in the same memory serve more picks where experts stay warm, and need all experts
-in DRAM. Prompts read nearly all of them, and gain nothing: the cost model decides.
+where a share is not worth its hand-over, and filled up with cache.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from math import inf
 
 from placement.cost.objective import tier_call
 from placement.cost.terms import linear_cost
 from placement.plan.memory import KvPlacement, LinearPlacement, staging_slot_bytes
-from placement.plan.shards import LinearShard
-from placement.plan.warm import by_equal_gain, expert_slots_as, with_expert_slots
+from placement.plan.shards import KvShard, LinearShard
+from placement.plan.warm import expert_slots_as
 from placement.plan.workload import NUM_ROW_TIERS, ROW_TIER_NAMES
-from placement.policy.bounds import FREE, LinearBounds
+from placement.policy.bounds import KvBounds, LinearBounds
 from placement.solve.decisions import Budgets, Homes, Totals, gpu_tokens_of
 from placement.solve.formulation import formulation
 from placement.solve.pairing import is_paired
-from placement.solve.problem import Candidate, Problem, fastest_first
+from placement.solve.problem import Candidate, Problem
 from placement.solve.spread import Spread, lay_out, placements, streams
 
-EIGHTHS = 8  # of the layers with experts, tried first as the number that streams to prompts
-LAYER_PARTS = 8  # of one of them that streams in part
-FINEST = 64  # steps of the search for that number, over all layers
-SHARES = (1.0, 0.5)  # of the memory of experts at home that expert slots are tried in
-MOST_TRIED_INSERTS = 4
-MOST_OF_OTHERS = 6  # candidates with the number of copies that suits the fastest one
 WORTH_A_SHARE = 0.999  # of the seconds without it: a share of the CPU that takes less time than its hand-over
 
 
@@ -125,12 +115,17 @@ def with_tokens(candidate: Candidate, problem: Problem, tokens: int) -> Candidat
     GPU-owned KV heads, as far as there can be so many."""
     workload = problem.workload
     tokens = max(workload.min_gpu_tokens, min(workload.full_tokens, tokens))
-    kv = tuple(
-        replace(placement, gpu_tokens=gpu_tokens_of(workload, shard, bound, tokens))
-        if placement.gpu_kv_heads
-        else placement
-        for shard, placement, bound in zip(workload.kv, candidate.kv, problem.bounds.kv, strict=True)
-    )
+    kept: dict[tuple[int, int | None], int] = {}  # by what a layer's slots depend on
+
+    def placed(placement: KvPlacement, shard: KvShard, bound: KvBounds) -> KvPlacement:
+        if not placement.gpu_kv_heads:
+            return placement
+        key = shard.window, bound.gpu_tokens
+        if key not in kept:
+            kept[key] = gpu_tokens_of(workload, shard, bound, tokens)
+        return KvPlacement(placement.name, placement.gpu_kv_heads, kept[key], placement.kv_heads)
+
+    kv = tuple(map(placed, candidate.kv, workload.kv, problem.bounds.kv))
     return replace(
         candidate,
         problem=problem,
@@ -183,90 +178,6 @@ def _with_streams_of(
     return tuple(replace(p, stream_units=tuple(units)) for p, units in zip(linears, widths, strict=True))
 
 
-def in_expert_slots(candidate: Candidate, share: float) -> Candidate | None:
-    """The candidate with expert slots in so much of the memory of experts at home, where neither is given by a rule;
-    None where that is nothing, or does not fit."""
-    problem = candidate.problem
-    bounds = zip(problem.workload.linears, problem.bounds.linears, strict=True)
-    at = [
-        i for i, (shard, bound) in enumerate(bounds) if shard.picks and (bound.gpu, bound.expert_slots) == (None, None)
-    ]
-    linears = _exchanged(candidate, at, share) if at and candidate.on_gpu else None
-    if linears is None:
-        return None
-    found = replace(candidate, linears=linears, label=f"{candidate.label}; {share:.0%} of experts in slots")
-    return found if found.fits else None
-
-
-def in_best_number(slotted: Sequence[Candidate]) -> Iterator[Candidate]:
-    """The fastest of candidates with expert slots with the number of copies that suits it, where that is another one,
-    and what then is best of them: what streams beside slots was chosen for the number before."""
-    ranked = fastest_first(slotted)
-    best = with_best_inserts(ranked[0]) if ranked else None
-    if best is not None and best is not ranked[0]:
-        inserts = best.problem.workload.inserts
-        others = [replace(each, problem=each.problem.with_inserts(inserts)) for each in ranked[1:MOST_OF_OTHERS]]
-        yield from (best, with_streams_in_few_layers(fastest_first([best, *others])[0]))
-
-
-def with_best_inserts(candidate: Candidate) -> Candidate:
-    """The candidate with as many copies of a layer's experts behind a step at most as are best, by one more or less for
-    as long as that gains; itself where the policy says how many.
-
-    More serve more picks where the bus has time for them; where it has not, fewer are there sooner.
-    """
-    if candidate.problem.bounds.inserts is not None:
-        return candidate
-    best = candidate
-    for step in (1, -1):
-        while 0 <= (inserts := best.problem.workload.inserts + step) <= MOST_TRIED_INSERTS:
-            other = replace(best, problem=best.problem.with_inserts(inserts))
-            if other.judged_s >= best.judged_s:
-                break
-            best = other
-        if best is not candidate:
-            break
-    return best
-
-
-def with_streams_in_few_layers(candidate: Candidate) -> Candidate:
-    """The candidate with the experts of another number of layers streamed to prompts, those of one of them in part, and
-    the CPU computing all others, the fastest that is found; itself where rules or a bus that streams nothing leave no
-    choice.
-
-    The program weighed that with experts at home, which serve prompts too; in slots they do not.
-    """
-    problem, linears = candidate.problem, candidate.linears
-    lowest = min(weighted.call.tier for weighted in problem.calls)
-    tiers = {weighted.call.tier for weighted in problem.calls if weighted.call.q_len > 1} - {lowest}
-    bounds = zip(problem.workload.linears, problem.bounds.linears, strict=True)
-    at = [i for i, (shard, bound) in enumerate(bounds) if shard.picks and bound == FREE]
-    if not (tiers and at and problem.staging_slots):
-        return candidate
-    # What expert slots serve need not be streamed: where they are fewest it gains most.
-    at.sort(key=lambda i: (linears[i].expert_slots, -linears[i].stream_units[max(tiers)]))
-    most, step, tried = len(at) * LAYER_PARTS, -(-len(at) // EIGHTHS) * LAYER_PARTS, {}
-    wanted = [*range(0, most, step), most]
-    while step >= max(1, most // FINEST):
-        tried |= {parts: _streaming(candidate, at, parts, tiers) for parts in wanted}
-        best = min(tried, key=lambda parts: tried[parts].judged_s if tried[parts].fits else inf)
-        step //= 2
-        wanted = [parts for parts in (best - step, best + step) if 0 <= parts <= most and parts not in tried]
-    return fastest_first([candidate, *(each for each in tried.values() if each.fits)])[0]
-
-
-def _streaming(candidate: Candidate, at: Sequence[int], parts: int, tiers: Collection[int]) -> Candidate:
-    """The candidate with so many parts of layers of what some linears have in DRAM streamed in these row tiers, the
-    first linears' whole, and nothing of the last ones."""
-    placed = list(candidate.linears)
-    for place, i in enumerate(at):
-        share = min(LAYER_PARTS, max(0, parts - place * LAYER_PARTS))
-        width = placed[i].dram_units * share // LAYER_PARTS
-        widths = [width if tier in tiers else old for tier, old in enumerate(placed[i].stream_units)]
-        placed[i] = replace(placed[i], stream_units=tuple(widths))
-    return with_linears(candidate, tuple(placed))
-
-
 def _spread_of(candidate: Candidate, spread: Spread) -> Spread:
     """How the linears of a candidate lie, in the row tiers that a spread has."""
     classes, placed = candidate.problem.classes, candidate.linears
@@ -276,22 +187,3 @@ def _spread_of(candidate: Candidate, spread: Spread) -> Spread:
         (c, i, tier): tuple(placed[index].stream_units[tier] for index in at[c, i]) for c, i, tier in spread.streams
     }
     return replace(spread, homes=homes, streams=streamed)
-
-
-def _exchanged(candidate: Candidate, at: Sequence[int], share: float) -> tuple[LinearPlacement, ...] | None:
-    """Its linears with expert slots in so much of the memory of those experts at home, and in what is left over."""
-    workload, linears, budget = candidate.problem.workload, candidate.linears, candidate.problem.budgets.gpu
-    homes = {i: int(linears[i].gpu_units * (1 - share)) for i in at}
-    given = sum((linears[i].gpu_units - homes[i]) * workload.linears[i].unit_bytes for i in at)
-    left = budget - candidate.used_bytes["gpu"]
-    tables = sum(8 * linears[i].units for i in at)
-    size_bytes = given + (0 if left == inf else int(left)) - tables
-    placed = list(linears)
-    for i in at:
-        placed[i] = with_expert_slots(linears[i], homes[i], 0)
-    counts = by_equal_gain(workload, placed, at, max(0, size_bytes))
-    if not any(counts.values()):
-        return None
-    for i, count in counts.items():
-        placed[i] = replace(placed[i], expert_slots=count)
-    return tuple(placed)

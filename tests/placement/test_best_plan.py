@@ -11,6 +11,7 @@ from placement.cost.model import predict, working_set_bytes
 from placement.cost.objective import MODEL_ERROR, objective_s, reference_calls, reference_context
 from placement.explain.comparisons import gains
 from placement.explain.explain import explain
+from placement.solve.formulation import Formulation
 from tests.support.best_plans import (
     CHECKS,
     GIB,
@@ -48,6 +49,16 @@ def assert_other_lanes_gain_more_than_the_model_errs(case_):
     whole = plan_of(workload, hardware, budget, Policy(rules=Policy.named("gpu_only").rules)) if plan else None
     if whole is not None and not plan.is_all_on_gpu:
         assert whole.predicted.objective_s * NOISE > (1 + MODEL_ERROR) * plan.predicted.objective_s
+
+
+@pytest.mark.parametrize("case_", drawn(3, seed=5), ids=str)
+def test_bounds_by_prices_of_others_change_no_plan(monkeypatch, case_):
+    """Beside bounds of their own for every program."""
+    workload, hardware, budget = case(*case_)
+    plan = plan_of(workload, hardware, budget)
+    monkeypatch.setattr(Formulation, "least_s", lambda self, prices: float("-inf"))
+
+    assert plan == plan_of(workload, hardware, budget)
 
 
 FITS_WHOLE = [each for each in MATRIX if each[-1] == 1.0 and each[0] in ("8b", "14b") and each[2] != "bf16"]

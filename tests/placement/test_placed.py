@@ -5,10 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from placement import KvPlacement, LinearPlacement
+from placement import HardwareProfile, KvPlacement, LinearPlacement
+from placement.cost.objective import layers_objective_s, reference_calls
+from placement.cost.tally import KnownCosts
 from placement.plan.memory import memory_report
-from placement.plan.placed import placed_bytes, placed_layers, placed_staging_slot_bytes
+from placement.plan.placed import layer_bytes, placed_layers
 from tests.support.planning_models import tiny
+
+MACHINE = HardwareProfile.named("rtx3060-ddr4")
 
 
 def drawn_placements(workload, rng):
@@ -34,10 +38,26 @@ def test_bytes_of_the_different_layers_are_those_of_all(seed):
     report = memory_report(workload, linears, kv, device="emulated", staging_slots=1).to_dict()
 
     assert sum(layer.times for layer in layers) == 13
-    assert {p: placed_bytes(workload, layers, p) for p in report} == {
-        p: v["weights"] + v["kv"] for p, v in report.items()
+    sizes = [(layer.times, layer_bytes(workload, layer)) for layer in layers]
+    assert {place: sum(times * getattr(size, place) for times, size in sizes) for place in report} == {
+        place: kinds["weights"] + kinds["kv"] for place, kinds in report.items()
     }
-    assert placed_staging_slot_bytes(workload, layers) == report["gpu"]["staging"]
+    assert max(size.staging_slot for _, size in sizes) == report["gpu"]["staging"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_costs_that_are_kept_for_other_placements_change_nothing(seed):
+    """To the last bit, of two workloads that differ in a size and have one keeper."""
+    rng, costs = random.Random(seed), KnownCosts()
+    small = replace(tiny(layers=6, windows=rng.choice([(0,), (0, 32)])), inserts=1)
+    workloads = [small, replace(small, prefill_chunk=2 * small.prefill_chunk)]
+    for workload in [*workloads, *workloads]:
+        linears, kv = drawn_placements(workload, rng)
+        layers, calls = placed_layers(workload, linears, kv), reference_calls(workload, "latency")
+
+        kept, anew = (layers_objective_s(workload, layers, MACHINE, calls, True, each) for each in (costs, None))
+        assert kept == anew
+        assert [costs.bytes_of(workload, each) for each in layers] == [layer_bytes(workload, each) for each in layers]
 
 
 def test_layers_are_alike_only_where_everything_that_counts_is():

@@ -28,7 +28,6 @@ from placement.machine.rates import (
     nearest_attention,
     seconds_per_operation_of_a_row,
 )
-from placement.plan.placed import placed_layers
 from placement.solve.pairing import paired_workload
 from tests.placement.test_cost import MACHINE, placed, rates
 from tests.support.planning_models import llama_8b, tiny, with_row_cuts
@@ -344,14 +343,13 @@ def test_large_linears_over_codes_are_several_products_and_each_streamed_piece_i
 
 def test_a_product_more_than_the_four_of_a_layer_costs_what_was_measured_of_one():
     workload = llama_8b()
-    linears, kv = placed(workload, 0.5, 0.5, groups=8)
+    linears, _ = placed(workload, 0.5, 0.5, groups=8)
     machine = replace(MACHINE, gpu_layer_overhead_s=1.0, gpu_product_overhead_s=0.25)
     pairs = list(zip(workload.linears, linears, strict=True))
     products = sum(gpu_products(s, p, 64, workload, machine) for s, p in pairs if s.kind != "head")
-    layers = placed_layers(workload, linears, kv)
 
     cheap, dear = (
-        queueing_s(workload, layers, Call(1, 64, 0), replace(machine, gpu_product_overhead_s=each), True)
+        queueing_s(workload, products, Call(1, 64, 0), replace(machine, gpu_product_overhead_s=each), True)
         for each in (0.25, 0.5)
     )
 

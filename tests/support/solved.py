@@ -8,12 +8,30 @@ from pathlib import Path
 
 import scipy
 
-from placement.program import program as asking
+from placement.program import prices, program
+from placement.program.prices import Relaxed
 from placement.program.program import Program
 
 FOLDER = Path(__file__).resolve().parents[2] / ".pytest_cache" / "solved"
 
 Answer = list[float] | None
+
+
+def answers_once(programs: type[Program]) -> dict[str, Callable]:
+    """The methods of programs that ask the solver, each answered once."""
+    relax = programs.relaxed
+
+    def in_a_list(asked: Program, _: bool) -> Answer:
+        found = relax(asked)
+        return None if found is None else [found.cost, *found.prices]
+
+    solved, relaxed = Solved(programs.solve), Solved(in_a_list, name="relaxed")
+
+    def relaxed_once(asked: Program) -> Relaxed | None:
+        answer = relaxed.of(asked)
+        return None if answer is None else Relaxed(answer[0], answer[1:])
+
+    return {"solve": lambda asked, whole_numbers=True: solved.of(asked, whole_numbers), "relaxed": relaxed_once}
 
 
 class Solved:
@@ -22,10 +40,11 @@ class Solved:
     The source that asks the solver is part of a name: where that changes, everything is solved anew.
     """
 
-    def __init__(self, solve: Callable[[Program, bool], Answer], folder: Path = FOLDER) -> None:
+    def __init__(self, solve: Callable[[Program, bool], Answer], folder: Path = FOLDER, name: str = "solve") -> None:
         self._solve, self._folder = solve, folder
         self._known: dict[str, Answer] = {}
-        self._asked_by = scipy.__version__ + Path(asking.__file__).read_text("utf-8")
+        source = [Path(module.__file__).read_text("utf-8") for module in (program, prices)]
+        self._asked_by = "".join((name, scipy.__version__, *source))
 
     def of(self, program: Program, whole_numbers: bool = True) -> Answer:
         """The solver's answer, a list of the caller's own."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpu_kernels.formats import GGUF_BY_NAME
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
+from hetero_attn.checkpoints.gguf.headers import KnownHeaders
 from hetero_attn.checkpoints.sources import is_gguf
 from hetero_attn.tools.quantize.stacks import stacks
 
@@ -68,11 +69,11 @@ def _costs(entries: list[dict[str, Any]]) -> list[str]:
     return [f"{kind} {sum(each[kind] for each in losses):.1e}" for kind in common[:MOST_COSTS]]
 
 
-def kept_table(path: Path) -> list[str]:
-    """The lines of the table that a model's file keeps; [] where there is none."""
+def kept_table(path: Path, known: KnownHeaders | None = None) -> list[str]:
+    """The lines of the table that a model's file keeps; [] where there is none. known: headers that were read."""
     if not is_gguf(path):
         return []
-    with GgufCheckpoint.open(path) as source:
+    with GgufCheckpoint.open(path, known) as source:
         text = source.fields.values.get(KEY)
     if not isinstance(text, str) or len(text) > MAX_TABLE_CHARACTERS:
         return []
