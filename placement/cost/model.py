@@ -58,7 +58,6 @@ from placement.cost.terms import (
     cpu_call_s,
     gpu_products,
     interference,
-    is_queued,
     linear_cost,
     queueing_s,
     small_ops_s,
@@ -113,7 +112,6 @@ def layers_pass_cost(
 ) -> PassCost:
     """`pass_cost` of a placement whose different layers are known, for who asks it of several passes. costs: of other
     placements on this machine, to which this one's are added."""
-
     before, known = None, None if costs is None else costs.of(workload, call, on_gpu)
     for batch_steps in BATCH_STEPS:
         tally = _tallied(Tally(workload, hardware, call, on_gpu, batch_steps, known), layers, with_head)
@@ -203,7 +201,7 @@ def _add_linear(tally: Tally, shard: LinearShard, placement: LinearPlacement, bl
     tally.add(tally.lanes["pcie"], copy_s)
     tally.add(tally.before_head_s, copy_s * (not shard.is_head))
     tally.add(tally.terms["copies"], copy_s)
-    if not shard.is_head and is_queued(call, tally.on_gpu):
+    if tally.on_gpu and not shard.is_head:
         tally.products += gpu_products(shard, placement, rows, workload, hardware)
     if placement.expert_slots:
         inserted = inserted_experts(workload, shard, placement, call, tally.batch_steps) * shard.unit_bytes
@@ -217,12 +215,8 @@ def _cost_by_heat(tally: Tally, shard: LinearShard, rows: int, of_lanes: RowsOfL
     if of_lanes.cpu == rows:
         return cost
     cold, warm = (_cost_of_linear(tally, shard, each, paired) for each in of_lanes)
-    return replace(
-        cost,
-        cpu_s_per_unit=cold.cpu_s_per_unit,
-        read_s_per_unit=cold.read_s_per_unit,
-        gpu_s_per_unit=warm.gpu_s_per_unit,
-    )
+    on_cpu = {"cpu_s_per_unit": cold.cpu_s_per_unit, "read_s_per_unit": cold.read_s_per_unit}
+    return replace(cost, gpu_s_per_unit=warm.gpu_s_per_unit, **on_cpu)
 
 
 def _cost_of_linear(tally: Tally, shard: LinearShard, rows: float, paired: bool) -> LinearCost:

@@ -235,19 +235,14 @@ def step_s(workload: Workload, call: Call, hardware: HardwareProfile, on_gpu: bo
     return hardware.step_overhead_s + layers * hardware.layer_overhead_s + chosen * hardware.logits_s_per_token
 
 
-def is_queued(call: Call, on_gpu: bool) -> bool:
-    """Whether Python queues every layer of a pass on a GPU: those of a prompt; a decode step is captured."""
-    return on_gpu and call.q_len > 1
-
-
 def queueing_s(workload: Workload, products: int, call: Call, hardware: HardwareProfile, on_gpu: bool) -> float:
-    """What Python needs to queue a prompt's layers on a GPU, which works on them meanwhile. products: `gpu_products` of
-    all layers.
+    """What Python needs to queue a prompt's layers on a GPU, which works on them meanwhile; a decode step is captured.
+    products: `gpu_products` of all layers.
 
     The profile's layer has four linears of one product each; large ones over codes are several, and so is one of which
     a part is streamed.
     """
-    if not is_queued(call, on_gpu):
+    if not on_gpu or call.q_len == 1:
         return 0.0
     more = max(0, products - LINEARS_PER_LAYER * workload.num_layers)
     return hardware.gpu_layer_overhead_s * workload.num_layers + product_queueing_s(hardware) * more
