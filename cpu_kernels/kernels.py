@@ -59,6 +59,14 @@ class CpuKernels:
         self._team = Team(KernelStore(cache_dir, on_compile), chosen, num_threads, pin)
         self._made_flags: Flags | None = None
 
+    def alone(self) -> "CpuKernels":
+        """The same ops on whichever thread calls them, alone; its calls and this object's do not wait for each other.
+
+        It shares what is compiled, has no threads, and need not be closed."""
+        made = CpuKernels.__new__(CpuKernels)
+        made._team, made._made_flags = self._team.alone(), None
+        return made
+
     @property
     def isa(self) -> str:
         """Name of the instruction set path in use."""

@@ -19,6 +19,7 @@ import importlib
 import importlib.metadata
 import platform
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -72,8 +73,8 @@ class KernelStore:
     """Addresses of compiled kernels.
 
     cache_dir: parent of the folder of this build; on_compile(name): called before each compilation,
-    which takes about a second. Not thread safe: the team's lock covers it. The store owns the machine code, so whoever
-    runs a kernel keeps a reference to the store.
+    which takes about a second. `address` may be called by several threads, what else there is by one alone. The store
+    owns the machine code, so whoever runs a kernel keeps a reference to the store.
     """
 
     def __init__(self, cache_dir: Path | None = None, on_compile: Callable[[str], None] | None = None):
@@ -84,6 +85,7 @@ class KernelStore:
         self._addresses: dict[tuple, int] = {}
         self._missing: list[tuple] | None = None
         self._engine = None
+        self._lock = threading.RLock()  # of what finds and builds a kernel
         if self.directory is None:
             self._give_up("there is no home folder")
             return
@@ -102,12 +104,20 @@ class KernelStore:
         dotted."""
         key = (module, factory, *parameters)
         if key not in self._addresses:
-            name = _name(factory, *parameters)
-            address = self._load(name)
-            if address is None and self._missing is not None:
-                self._missing.append(key)
-                return 0
-            self._addresses[key] = address or self._build(module, factory, parameters, name)
+            with self._lock:
+                return self._found(key)
+        return self._addresses[key]
+
+    def _found(self, key: tuple) -> int:
+        if key in self._addresses:  # another thread was sooner
+            return self._addresses[key]
+        module, factory, *parameters = key
+        name = _name(factory, *parameters)
+        address = self._load(name)
+        if address is None and self._missing is not None:
+            self._missing.append(key)
+            return 0
+        self._addresses[key] = address or self._build(module, factory, tuple(parameters), name)
         return self._addresses[key]
 
     def missing(self, work: Callable[[], object]) -> list[tuple]:

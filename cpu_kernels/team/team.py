@@ -170,6 +170,10 @@ class Team:
             shared.drive(self._result_at, None, shared.control, 0)
             return self._failure.value
 
+    def alone(self) -> "Team":
+        """A team of the calling thread alone over the same kernels; it needs no closing."""
+        return Team(self._shared.store, self.isa, 1)
+
     def locked(self, make: Callable[[KernelStore], Made]) -> Made:
         """What `make` builds from the kernel store, while no other thread uses it."""
         with self._lock:

@@ -46,6 +46,46 @@ def test_two_threads_may_call_at_once():
     assert not wrong
 
 
+def test_ops_alone_share_the_kernels_and_do_not_wait_for_the_team():
+    """Threads that pack what they have read would else take turns, with each other and with the team."""
+    with CpuKernels(num_threads=2) as ops:
+        expected, apart = norm(ops), [ops.alone() for _ in range(2)]
+        taken, done, found = threading.Event(), threading.Event(), []
+
+        def hold(store):
+            taken.set()
+            assert done.wait(30)
+
+        def call(alone):
+            found.extend(torch.equal(norm(alone), expected) for _ in range(200))
+
+        callers = [threading.Thread(target=call, args=(alone,)) for alone in apart]
+        holder = threading.Thread(target=ops._team.locked, args=(hold,))
+        holder.start()
+        assert taken.wait(30)
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        done.set()
+        holder.join()
+
+        assert found == [True] * 400
+        assert [alone.num_threads for alone in apart] == [1, 1]
+
+
+def test_threads_that_ask_for_a_kernel_at_once_compile_it_once(tmp_path):
+    compiled = []
+    with CpuKernels(num_threads=1, cache_dir=tmp_path, on_compile=compiled.append) as ops:
+        callers = [threading.Thread(target=norm, args=(ops.alone(),)) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+
+        assert len([name for name in compiled if name.startswith("rms_norm")]) == 1, compiled
+
+
 def test_an_idle_team_parks_and_wakes():
     with CpuKernels(num_threads=2) as ops:
         expected = norm(ops)
