@@ -150,7 +150,8 @@ class CpuKernels:
         """Lay rows of a GGUF file out in the format that holds them without loss; see formats.SOURCE_TYPES.
 
         rows: uint8 [num_blocks * 16, bytes of a row], as in the file; source_type: the file's name of it, such as
-        "Q4_K"; out: uint8 [num_blocks, block_bytes], written. Raises ValueError if a scale is NaN or infinite.
+        "Q4_K"; out: uint8 [num_blocks, block_bytes], written, with others' blocks between or without. Raises ValueError
+        if a scale is NaN or infinite.
         """
         repack.repack(self._team, rows, source_type, out)
 

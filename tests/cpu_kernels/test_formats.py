@@ -74,6 +74,28 @@ def test_rows_at_odd_addresses_are_read_and_nothing_behind_them(kind, blocks):
 
 
 @by_type
+def test_blocks_are_written_between_those_of_another_weight(kind):
+    """Gate and up have a block each in every unit: their rows were brought together first, only to be taken apart."""
+    rows = random_rows(kind, 48, 2 * kind.items)
+    weight = repacked(kernels(), kind, rows)
+    units = torch.full((3, 2, weight.shape[1]), 170, dtype=torch.uint8)
+
+    kernels().repack(rows, kind.name, units[:, 1])
+
+    assert torch.equal(units[:, 1], weight)
+    assert (units[:, 0] == 170).all()
+
+
+def test_blocks_that_overlap_are_refused():
+    kind = CODED[0]
+    rows = random_rows(kind, 32, 32)
+    weight = repacked(kernels(), kind, rows)
+
+    with pytest.raises(ValueError, match="do not overlap"):
+        kernels().repack(rows, kind.name, weight.as_strided(weight.shape, (weight.shape[1] // 2, 1)))
+
+
+@by_type
 def test_a_scale_that_is_not_finite_is_refused(kind):
     rows = random_rows(kind, 16, 2 * kind.items)
     at = kind.block_bytes + (208 if kind.name == "Q6_K" else 0)
