@@ -65,6 +65,9 @@ class Plain(Codes):
     def source_type(self, name):
         return None
 
+    def is_coded(self, name):
+        return False
+
     def row_bytes(self, name):
         return 2 * self.tensors[name].shape[1]
 

@@ -53,7 +53,7 @@ class Embedding:
                 rows = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % BLOCK_FEATURES))
             first = start // BLOCK_FEATURES
             into = blocks[first : first + rows.shape[0] // BLOCK_FEATURES]
-            self._landing.pack([self._tensor], rows, item.name, into)
+            self._landing.packer.pack([self._tensor], rows, item.name, into)
         return blocks
 
     def _dequantised(self) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Where the packed rows of a linear go: which of its units lie in GPU memory and which in host memory.
 
-Each kind of home takes what `UnitRows` reads, a run of units at a time.
+Each kind of home takes what `UnitRows` reads, a run of units at a time, and a packer of the thread that has read it, if
+that is to pack it too; None: the team packs.
 """
 
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from hetero_attn.checkpoints.loading.landing import Landing
+from hetero_attn.checkpoints.loading.packer import Packer
 from hetero_attn.spec.weights import LinearSpec
 
 
@@ -21,7 +23,7 @@ class RowCut:
     dram: torch.Tensor
     gpu_inputs: int
 
-    def place(self, start: int, stop: int, runs: list[torch.Tensor]) -> None:
+    def place(self, start: int, stop: int, runs: list[torch.Tensor], packer: Packer | None = None) -> None:
         """Units [start, stop) of output features."""
         (rows,), spec, inputs = runs, self.spec, self.gpu_inputs
         run = slice(start * spec.unit_rows, stop * spec.unit_rows)
@@ -30,7 +32,8 @@ class RowCut:
             assert self.gpu is not None, spec.name
             self.landing.place(spec, [rows[:, :split]], inputs, self.gpu[run], on_device=True)
         if inputs < spec.in_features:
-            self.landing.place(spec, [rows[:, split:]], spec.in_features - inputs, self.dram[run], on_device=False)
+            rest = spec.in_features - inputs
+            self.landing.place(spec, [rows[:, split:]], rest, self.dram[run], False, packer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class ColumnCut:
     dram: torch.Tensor
     first_dram_unit: int
 
-    def place(self, start: int, stop: int, runs: list[torch.Tensor]) -> None:
+    def place(self, start: int, stop: int, runs: list[torch.Tensor], packer: Packer | None = None) -> None:
         """Units [start, stop)."""
         cut = self.first_dram_unit
         for first, last, target, offset in (
@@ -52,11 +55,10 @@ class ColumnCut:
         ):
             if first < last:
                 assert target is not None, self.spec.name
-                parts = [rows.view(stop - start, -1, rows.shape[1])[first - start : last - start] for rows in runs]
+                rows = [_of_units(run, stop - start, first - start, last - start) for run in runs]
                 blocks = slice((first - offset) * self.spec.unit_rows, (last - offset) * self.spec.unit_rows)
-                rows = [part.flatten(0, 1) for part in parts]
                 on_device = target is self.gpu
-                self.landing.place(self.spec, rows, self.spec.in_features, target[blocks], on_device)
+                self.landing.place(self.spec, rows, self.spec.in_features, target[blocks], on_device, packer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,14 @@ class Uncut:
     blocks: torch.Tensor
     on_device: bool
 
-    def place(self, start: int, stop: int, runs: list[torch.Tensor]) -> None:
+    def place(self, start: int, stop: int, runs: list[torch.Tensor], packer: Packer | None = None) -> None:
         """Units [start, stop)."""
         run = self.blocks[start * self.spec.unit_rows : stop * self.spec.unit_rows]
-        self.landing.place(self.spec, runs, self.spec.in_features, run, self.on_device)
+        self.landing.place(self.spec, runs, self.spec.in_features, run, self.on_device, packer)
+
+
+def _of_units(rows: torch.Tensor, units: int, start: int, stop: int) -> torch.Tensor:
+    """Rows of units [start, stop) of a run's, as `UnitRows.runs` gives them."""
+    if rows.dim() > 2:
+        return rows[start:stop]
+    return rows.view(units, -1, rows.shape[1])[start:stop].flatten(0, 1)
