@@ -202,6 +202,19 @@ def test_growth_ends_with_a_json_line_that_says_what_was_met() -> None:
     assert [(row["dtype"], row["is_met"]) for row in record["exact"]] == [("fp32", True), ("bf16", True)]
 
 
+def test_starts_ends_with_a_json_line_and_says_the_targets_first(tmp_path: Path) -> None:
+    out, asked = tmp_path / "starts.json", ["--repetitions", 2, "--parts", "help"]
+    done = run("starts.py", ROOT / "examples" / "tiny", *asked, "--out", out)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+
+    assert done.stdout.startswith("targets: help 0.3 s\n")
+    assert record == json.loads(out.read_text())
+    (row,) = record["rows"]
+    assert row["name"] == "help" and len(row["runs"]) == 2
+    assert all(0 < run["cpu_s"] and 0 < run["wall_s"] and run["load"] >= 0 for run in row["runs"])
+
+
 @pytest.mark.matrix
 def test_the_gpu_script_runs_the_parts_that_are_asked_for_and_reports_them(tmp_path: Path) -> None:
     """A measurement of the hand-over that an emulated GPU cannot take, and those of one plan of a model."""
