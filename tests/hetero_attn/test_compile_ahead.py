@@ -42,7 +42,7 @@ def compiled(monkeypatch):
 def test_the_first_prompt_finds_its_kernels_compiled(compiled, monkeypatch, tmp_path):
     """80 rows in bf16, half of every linear streamed; copies have as many strides as there are buffers."""
     monkeypatch.setattr(prefill, "is_hopper", lambda device: True)
-    launches = load("launches")
+    launches = load("simulated.launches")
     machine = replace(HardwareProfile.named("emulated"), gpu_q8_int8_rows=16, gpu_q4_int8_rows=16)
     with (
         silent_triton(90) as made,

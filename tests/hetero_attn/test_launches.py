@@ -32,7 +32,7 @@ def plan_of(gpu, stream):
 def test_a_layer_of_a_decode_step_is_ten_kernels_and_one_for_each_streamed_piece(gpu, stream, monkeypatch, tmp_path):
     """Thirteen when every linear rounded its input in a launch of its own."""
     monkeypatch.setattr(prefill, "is_hopper", lambda device: True)
-    launches, counts = load("launches"), []
+    launches, counts = load("simulated.launches"), []
     for layers in (1, 2):
         monkeypatch.setattr(launches, "LAYERS", layers)
         with (
