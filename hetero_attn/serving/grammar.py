@@ -9,9 +9,9 @@ import json
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from threading import Lock
 from typing import Any
 
@@ -22,7 +22,7 @@ from hetero_attn.errors import SamplingError
 from hetero_attn.serving.sampling_params import JSON_OPTIONS, SamplingParams
 from hetero_attn.serving.text.tokenizer import Tokenizer
 
-MOST_COMPILED = 64
+MOST_COMPILED = 16  # `((a{1000}){100}){3}` takes 100 MB
 MOST_FORMATS = 16  # that nobody knows, in one schema
 AHEAD_S = 1e-4  # of a mask; handing over a shorter one to another thread would take as long
 # Words of a vocabulary that llguidance tests once for all: where a grammar allows any text of such letters, it walks
@@ -36,9 +36,18 @@ _OBJECTS = {"true": "{}", "false": '{"not": {}}'}  # schemas of one word as llgu
 
 class TokenMask:
     """What one request may say next. matcher: llguidance's. after: token ids behind which the grammar holds, empty for
-    from the start. threads: where masks that take long are found out ahead."""
+    from the start. threads: where masks that take long are found out ahead. lost: called where it can be followed no
+    further."""
 
-    def __init__(self, matcher: Any, vocab_size: int, after: Sequence[int], threads: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        matcher: Any,
+        vocab_size: int,
+        after: Sequence[int],
+        threads: ThreadPoolExecutor,
+        lost: Callable[[], object] = tuple,
+    ) -> None:
+        self._lost = lost
         self._matcher, self._vocab_size, self._after, self._threads = matcher, vocab_size, list(after), threads
         self._start = None if after else 0  # position of the first token that has to follow the grammar
         self._before: list[int] = []  # tokens among which `after` was looked for last
@@ -48,9 +57,9 @@ class TokenMask:
         self._forced: list[int] | None = None  # tokens that have to come behind `_seen`
         self._took_s = 0.0  # processor time of the last mask
 
-    def copy(self) -> "TokenMask":
+    def copy(self, lost: Callable[[], object]) -> "TokenMask":
         """A fresh one, from the start."""
-        return TokenMask(self._matcher.deep_copy(), self._vocab_size, self._after, self._threads)
+        return TokenMask(self._matcher.deep_copy(), self._vocab_size, self._after, self._threads, lost)
 
     def prepare(self, generated_ids: Sequence[int]) -> None:
         """Begin to find out on another thread what may come behind these, while a step is computed; only where the last
@@ -136,6 +145,7 @@ class TokenMask:
         if self._found is None:
             bits = self._bits() if self._ahead is None else self._ahead.result()
             if self._matcher.is_error():
+                self._lost()
                 raise SamplingError(f"the grammar cannot be followed further: {_cause(self._matcher.get_error())}")
             words = np.frombuffer(bits, np.uint8)
             self._found = np.unpackbits(words, count=self._vocab_size, bitorder="little").view(np.bool_)
@@ -178,13 +188,19 @@ class Grammars:
             self._compiled.move_to_end(key)
             if len(self._compiled) > MOST_COMPILED:
                 self._compiled.popitem(last=False)
-            return self._compiled[key].copy()
+            return self._compiled[key].copy(partial(self._forget, key))
 
     def mark(self, text: str) -> str:
         """A marker of a chat template as a Lark grammar names it: a special token is no text. Raises SamplingError."""
         (token_id, *more) = self._ids_of(text)
         is_special = not more and self._tokens().is_special_token(token_id)
         return f"<[{token_id}]>" if is_special else json.dumps(text, ensure_ascii=False)
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        """Keep a grammar no longer that an answer could not follow to its end: what it took until then, often 100 MB,
+        all its copies share."""
+        with self._lock:
+            self._compiled.pop(key, None)
 
     def _compile(self, kind: str, text: str, after: str | None) -> TokenMask:
         matcher = self._matcher(kind, text)

@@ -167,6 +167,19 @@ def test_what_was_compiled_is_kept_and_bounded(tokenizer, monkeypatch):
     assert len(grammars._compiled) == 3
 
 
+def test_what_cannot_be_followed_to_its_end_is_not_kept(tokenizer):
+    """What each had taken, 100 MB of `a{1000000000}`, stayed with what was kept of it: 6 GB of 64 such regexes."""
+    grammars = Grammars(tokenizer, 4096, tokenizer.eos_token_ids)
+    choices = " | ".join(f'"{number}"' for number in range(5000))
+    mask = grammars.mask(SamplingParams(grammar=f"start: {choices}"))
+    kept = len(grammars._compiled)
+    with pytest.raises(SamplingError, match="cannot be followed further"):
+        for length in range(4):
+            mask.allowed(tokenizer.encode("1" * length, add_special_tokens=False))
+
+    assert (kept, len(grammars._compiled)) == (1, 0)
+
+
 def test_without_a_tokenizer_it_is_refused():
     with pytest.raises(SamplingError, match="no tokenizer|not of the kind"):
         Grammars(None, 100, ()).mask(SamplingParams(regex="a"))
