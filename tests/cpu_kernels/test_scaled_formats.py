@@ -1,11 +1,15 @@
 """FP8, int8, NF4 and NVFP4 with float32 scales: packed and unpacked to the bit, and multiplied, on every instruction
 set."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from cpu_kernels import CpuKernels
 from cpu_kernels.formats import E2M1_TYPE, NF4_VALUES, SCALED_TYPES, format_of
 from cpu_kernels.linear.forms.number_planes import digit_planes, fits_planes
+from cpu_kernels.vectors.isa import named
 from gpu_kernels import reference
 from tests.support.cpu_oracles import ISAS, guarded, kernels, nmse, only_inside_written, round_input
 from tests.support.scaled_data import KINDS, packed, random_blocks
@@ -52,6 +56,26 @@ def test_one_row_multiplies_every_fp8_number_exactly(isa):
         x[0, place] = 127.0
         kernels(isa).linear(x, weight, "fp8", None, out)
         assert torch.equal(out[0], 127 * numbers), place
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.format in ("fp8", "fp8_g32")])
+def test_one_row_of_fp8_has_the_same_bits_by_subnormal_numbers(kind, monkeypatch, tmp_path):
+    """What an AMD and an Intel CPU compute on 256 bits; a third of the codes are subnormal, of either sign."""
+    if "avx2" not in ISAS:
+        pytest.skip(f"this CPU runs {', '.join(ISAS)}")
+    blocks, values = random_blocks(kind, 48, 720 // kind.items)
+    codes = blocks.view(48, -1, kind.block_bytes)[..., 4:]
+    codes[..., ::3] &= 0x87
+    weight, x, outs = packed(kernels(), kind, blocks), torch.randn(1, values.shape[1]), []
+
+    for is_free in (False, True):
+        isa = replace(named("avx2"), has_free_subnormals=is_free)
+        monkeypatch.setattr("cpu_kernels.kernels.choose", lambda name, isa=isa: isa)
+        with CpuKernels(num_threads=1, cache_dir=tmp_path / str(is_free)) as ops:
+            ops.linear(x, weight, kind.format, None, out := torch.empty(1, 48))
+        outs.append(out)
+
+    assert torch.equal(*outs)
 
 
 @by_kind

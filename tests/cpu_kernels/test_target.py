@@ -67,5 +67,15 @@ def test_one_row_asks_for_lines_ahead_on_a_cpu_that_has_avx2_alone(has_more, mon
     assert ahead_bytes(choose("avx2"), q5_k, 4) == ahead_bytes(named("avx2"), q5_k, 4)
 
 
+@pytest.mark.parametrize(("cpu", "is_free"), [("znver3", True), ("znver5", True), ("raptorlake", False), ("", False)])
+def test_subnormal_numbers_are_multiplied_on_256_bits_of_amd(cpu, is_free, monkeypatch):
+    monkeypatch.setattr("cpu_kernels.vectors.isa.host_features", lambda: frozenset({"avx2", "fma", "f16c"}))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("llvmlite.binding.get_host_cpu_name", lambda: cpu)
+
+    assert choose("avx2").has_free_subnormals is is_free
+    assert not choose("portable").has_free_subnormals and not named("avx2").has_free_subnormals
+
+
 def test_the_best_path_is_the_cpu_as_it_is():
     assert target_of(named("portable")) is None

@@ -31,11 +31,13 @@ def look_up(isa: Isa, b, table: tuple[int, ...], indexes):
     return b.bitcast(found, VI32)
 
 
-def half_words(b, lines) -> Callable[[int, int], object]:
-    """word(k, half): as `code_words`, of half the features, <8 x i32>; of planes of nibbles."""
+def half_words(item: WeightFormat, b, lines) -> Callable[[int, int], object]:
+    """word(k, half): as `code_words`, of half the features, <8 x i32>; of planes of nibbles and of bytes."""
     half_bytes, eight = LINE_BYTES // 2, ir.VectorType(I32, 8)
 
     def word(k: int, half: int):
+        if item.plane == "f8":
+            return load_as(b, lines, eight, LINE_BYTES * k + half_bytes * half)
         both = load_as(b, lines, eight, LINE_BYTES * (k // 2) + half_bytes * half)
         return b.and_(b.lshr(both, constant(eight, 4)) if k % 2 else both, constant(eight, NIBBLES))
 

@@ -15,6 +15,7 @@ from cpu_kernels.linear.forms.bf16_codes import row_dot_bf16
 from cpu_kernels.linear.forms.codes import code_words, half_words
 from cpu_kernels.linear.forms.float_codes import numbers_of_word, row_dot, unit_of, wide_row_dot
 from cpu_kernels.linear.forms.number_planes import ONE, fits_planes, planes_dot, wide_planes_dot
+from cpu_kernels.linear.forms.subnormal_codes import subnormal_row_dot
 from cpu_kernels.linear.records import Record, run_of, starts_of
 from cpu_kernels.vectors.code_sums import CodeSums
 from cpu_kernels.vectors.dot import emit_dot2, pair, pairs_of
@@ -54,6 +55,7 @@ class FormSums:
         self.starts = starts_of(isa, item)
         is_x86 = isa.has_avx2 or isa.has_avx512
         self.takes_planes = rows == 1 and is_x86 and self.run >= 32 and fits_planes(item.values)
+        self.takes_subnormals = rows == 1 and item.plane == "f8" and isa.has_free_subnormals
         # Whether registers are few for what the rows hold, and what they share pays.
         self.has_several_rows = rows >= (2 if self.code_sums.takes_scales else 4)
         # Two dot2 a row, by sub-scales, in place of four.
@@ -69,8 +71,8 @@ class FormSums:
 
     @property
     def takes_halves(self) -> bool:
-        """Whether planes of digits are multiplied half the features at a time."""
-        return self.takes_planes and self.isa.has_avx2
+        """Whether half the features are multiplied at a time."""
+        return self.takes_planes and self.isa.has_avx2 or self.takes_subnormals
 
     @cached_property
     def of_group(self):
@@ -141,6 +143,8 @@ class FormSums:
 
     def row_dot(self, b, word, record, quarters: range, unit: float):
         """As `float_dots` of one row, of codes E4M3."""
+        if self.takes_subnormals:
+            return subnormal_row_dot(b, word, record, quarters)
         words = [word(4 * quarter + k) for quarter in quarters for k in range(4)]
         if self.isa.has_bf16 and self.isa.has_byte_tables:
             return row_dot_bf16(self.isa, b, words, [record.numbers(0, quarter, 1.0) for quarter in quarters])
@@ -270,7 +274,7 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
             prefetch_value(b, lines, ahead_bytes + LINE_BYTES * line)
         activations = Record(b, record, rows)
         if form_sums.takes_halves:
-            words = half_words(b, lines)
+            words = half_words(item, b, lines)
         else:
             words = code_words(isa, item, b, lines, form_sums.code_sums.table(item.table))
         totals = form_sums.of_group(b, superblock, group, words, activations)
