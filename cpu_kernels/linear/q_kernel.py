@@ -12,7 +12,8 @@ from numba import types
 
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat, format_of
 from cpu_kernels.formats.weights import SUPERBLOCK_LINES
-from cpu_kernels.linear.forms.step import form_step, header_ahead
+from cpu_kernels.linear.forms.line_order import header_leader
+from cpu_kernels.linear.forms.step import form_step
 from cpu_kernels.linear.panels.over_range import panels_over_range
 from cpu_kernels.linear.panels.places import spread_area
 from cpu_kernels.linear.records import panel_of, row_quantiser
@@ -166,14 +167,14 @@ def groups_times_panel(isa: Isa, item: WeightFormat, rows: int):
 
         return add_groups
     ahead = ahead_bytes(isa, item, rows)
-    step_of_form, ask_for_header = form_step(isa, item, rows, ahead), header_ahead(item, ahead)
+    step_of_form, lead_header = form_step(isa, item, rows, ahead), header_leader(isa, item, rows, ahead)
 
     @helper
     def add_groups_of_form(sums, weight, record, groups):
         at, group = weight, 0
         while group < groups:
             lines = at + header_bytes
-            ask_for_header(at)
+            lead_header(at)
             for inside in range(least(together, groups - group)):
                 sums = step_of_form(sums, at, inside, lines + group_bytes * inside, record)
                 record += panel_bytes

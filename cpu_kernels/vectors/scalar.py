@@ -126,10 +126,15 @@ def load_acquire(b, address):
     return b.load_atomic(pointer(b, address, I64), "acquire", 8)
 
 
+def read_and_drop(b, address, offset=0):
+    """Read the int64 at `address + offset` and drop it; an ordinary load that nobody uses would be left out."""
+    b.load_atomic(pointer(b, address, I64, offset), "monotonic", 8)
+
+
 @emits(types.void, intp)
 def touch(b, address):
-    """Read an int64 and drop it; an ordinary load that nobody uses would be left out."""
-    b.load_atomic(pointer(b, address, I64), "monotonic", 8)
+    """`read_and_drop` of an int64 at an address."""
+    read_and_drop(b, address)
 
 
 @emits(types.void, types.int64, intp)

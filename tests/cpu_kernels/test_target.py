@@ -4,6 +4,7 @@ import llvmlite.binding as llvm
 import pytest
 
 from cpu_kernels.formats import FORMATS
+from cpu_kernels.linear.forms.line_order import code_leader
 from cpu_kernels.linear.q_kernel import ahead_bytes
 from cpu_kernels.vectors.isa import choose, host_features, named
 from cpu_kernels.vectors.target import target_of
@@ -65,6 +66,31 @@ def test_one_row_asks_for_lines_ahead_on_a_cpu_that_has_avx2_alone(has_more, mon
 
     assert bool(ahead_bytes(choose("avx2"), q5_k, 1)) is not has_more
     assert ahead_bytes(choose("avx2"), q5_k, 4) == ahead_bytes(named("avx2"), q5_k, 4)
+
+
+@pytest.mark.parametrize(
+    ("isa", "form", "rows", "ahead", "wanted"),
+    [
+        ("avx2", "q6_k", 1, 0, [*range(0, 12 * 64, 64)]),
+        ("avx512", "q5_k", 1, 0, [*range(0, 10 * 64, 64)]),
+        ("avx2", "q5_k", 1, 1536, [("ahead", 1536 + 64 * line) for line in range(10)]),
+        ("avx512", "q4_k", 4, 6144, [("ahead", 6144 + 64 * line) for line in range(8)]),
+        ("avx2", "q4_k", 1, 0, []),
+        ("avx2", "q6_k", 4, 0, []),
+        ("neon", "q6_k", 1, 0, []),
+    ],
+)
+def test_lines_of_split_planes_are_read_in_order_where_one_row_asks_for_none(
+    isa, form, rows, ahead, wanted, monkeypatch
+):
+    met = []
+    where = "cpu_kernels.linear.forms.line_order"
+    monkeypatch.setattr(f"{where}.read_and_drop", lambda b, address, offset: met.append(offset))
+    monkeypatch.setattr(f"{where}.prefetch_value", lambda b, address, offset: met.append(("ahead", offset)))
+
+    code_leader(named(isa), FORMATS[form], rows, ahead)(None, None)
+
+    assert met == wanted
 
 
 @pytest.mark.parametrize(("cpu", "is_free"), [("znver3", True), ("znver5", True), ("raptorlake", False), ("", False)])

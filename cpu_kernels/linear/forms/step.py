@@ -14,6 +14,7 @@ from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat
 from cpu_kernels.linear.forms.bf16_codes import row_dot_bf16
 from cpu_kernels.linear.forms.codes import code_words, half_words
 from cpu_kernels.linear.forms.float_codes import numbers_of_word, row_dot, unit_of, wide_row_dot
+from cpu_kernels.linear.forms.line_order import code_leader
 from cpu_kernels.linear.forms.number_planes import ONE, fits_planes, planes_dot, wide_planes_dot
 from cpu_kernels.linear.forms.subnormal_codes import subnormal_row_dot
 from cpu_kernels.linear.records import Record, run_of, starts_of
@@ -32,7 +33,6 @@ from cpu_kernels.vectors.vector import (
     in_order,
     intp,
     load_as,
-    prefetch_value,
 )
 
 
@@ -267,11 +267,11 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
     ahead_bytes: how far ahead of the code lines as many are asked for, 0 for nothing.
     """
     tile, form_sums = types.UniTuple(F32x16, rows), FormSums(isa, item, rows)
+    lead_codes = code_leader(isa, item, rows, ahead_bytes)
 
     @emits(tile, tile, intp, intp, intp, intp)
     def step(b, sums, superblock, group, lines, record):
-        for line in range(item.code_lines if ahead_bytes else 0):
-            prefetch_value(b, lines, ahead_bytes + LINE_BYTES * line)
+        lead_codes(b, lines)
         activations = Record(b, record, rows)
         if form_sums.takes_halves:
             words = half_words(item, b, lines)
@@ -284,14 +284,3 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
         return sums
 
     return step
-
-
-def header_ahead(item: WeightFormat, ahead_bytes: int):
-    """Intrinsic (superblock): ask for its header lines, between the code lines that `form_step` asks for."""
-
-    @emits(types.void, intp)
-    def ask(b, superblock):
-        for line in range(item.header_lines if ahead_bytes else 0):
-            prefetch_value(b, superblock, ahead_bytes + LINE_BYTES * line)
-
-    return ask
