@@ -1,6 +1,7 @@
 """The tokenizer without transformers gives what transformers gives, or stands back; and a start does not import it."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -40,6 +41,16 @@ def folder(tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, tmp_path)
     return tmp_path
+
+
+def test_a_folders_name_need_not_be_utf8(folder):
+    """The tokenizer's files were to be downloaded again."""
+    named = folder / os.fsdecode(b"m\xff\xe9del")
+    named.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, named)
+
+    assert plain_tokenizer(named).encode("A list") == plain_tokenizer(TINY).encode("A list")
 
 
 def assert_alike(ours, theirs):

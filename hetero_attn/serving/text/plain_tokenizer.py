@@ -101,7 +101,7 @@ def plain_tokenizer(path: Path) -> PlainTokenizer | None:
         return None
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_file(str(path / "tokenizer.json"))
+    backend = Tokenizer.from_buffer((path / "tokenizer.json").read_bytes())  # a name need not be UTF-8
     added = {token.content: (index, token) for index, token in backend.get_added_tokens_decoder().items()}
     named = {name: settings[name] for name in NAMED_TOKENS if settings.get(name) is not None}
     listed = settings.get("added_tokens_decoder") or {}
