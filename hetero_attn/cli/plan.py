@@ -85,15 +85,14 @@ def _said_to_fit(wishes: LoadOptions, drafted: Drafted, on_stderr: bool) -> bool
     otherwise, and of this machine whether it has it free now."""
     from hetero_attn.engine.host_memory import why_too_large
     from hetero_attn.planning.draft import settle_drafted
-    from hetero_attn.planning.fitting import why_not_fitting, would_fit
-    from hetero_attn.planning.settle import settle
+    from hetero_attn.planning.fitting import settle_unless_too_large, why_not_fitting, would_fit
     from placement.plan.words import wrapped
 
     planned = drafted.planned
     unfit = why_not_fitting(planned, "this machine" if wishes.asks_for_this_machine else "")
     if unfit:
         of_this_context = replace(wishes, max_context=planned.plan.max_context)
-        ways = would_fit(of_this_context, lambda smaller: settle_drafted(smaller, settle).planned)
+        ways = would_fit(of_this_context, lambda smaller: settle_drafted(smaller, settle_unless_too_large).planned)
         refusal = wrapped(f"DOES NOT FIT: {unfit}; {ways}", table_width())
         typer.echo(refusal, err=on_stderr)
     if wishes.hardware is None and (reason := why_too_large(*drafted.plans)):

@@ -7,7 +7,7 @@ from typing import Any
 
 from hetero_attn.errors import ConfigError, MemoryBudgetError
 from hetero_attn.planning.options import LoadOptions
-from hetero_attn.planning.settle import Asked, PlannedModel, settle
+from hetero_attn.planning.settle import Asked, PlannedModel, ask, settle
 from placement.plan.units import format_bytes
 from placement.policy.policy import Policy
 
@@ -56,13 +56,21 @@ def as_arguments(suggestion: str) -> str:
     return named.replace(WITHOUT_BUDGET, "no gpu_memory")
 
 
-def would_fit(wishes: LoadOptions, settled: Settle = settle) -> str:
+def settle_unless_too_large(wishes: LoadOptions, asked: Asked | None = None) -> PlannedModel:
+    """As `settle`; MemoryBudgetError for weights that no plan can hold, without a search for one."""
+    asked = asked or ask(wishes)
+    if asked.is_too_large:
+        raise MemoryBudgetError("GPU and host memory together are less than the weights")
+    return settle(wishes, asked)
+
+
+def would_fit(wishes: LoadOptions, settled: Settle = settle_unless_too_large) -> str:
     """What would fit, as part of a sentence. settled: how wishes are planned."""
     ways = ways_to_fit(wishes, settled)
     return f"would fit with {', or '.join(ways)}" if ways else "no smaller dtype, cache, context or batch would fit"
 
 
-def ways_to_fit(wishes: LoadOptions, settled: Settle = settle) -> list[str]:
+def ways_to_fit(wishes: LoadOptions, settled: Settle = settle_unless_too_large) -> list[str]:
     """Options of the command line with which the model would fit, the least sacrifice first; empty when none does.
 
     One wish is made smaller at a time, and all together where one is not enough. Of contexts the longest is named.

@@ -49,7 +49,7 @@ class PlannedModel:
     has those that were chosen. spec: the model's blocks, None for those of the family that `config` names.
     tokenizer: where it is, None for beside the weights. taps: before which layers the residual stream is kept for a
     head that drafts. headers: those of the files, read by planning; loading reads no file's again. searched: the plan
-    and what the search compared it with, None where another search found it.
+    beside what the search compared, None where another found it.
     """
 
     path: Path
@@ -123,6 +123,12 @@ class Asked:
             headers=model.headers,
         )
 
+    @property
+    def is_too_large(self) -> bool:
+        """Whether GPU and host memory together are less than the weights alone, so that no plan fits the machine."""
+        memory = (self.request.gpu_memory_bytes or 0) + self.hardware.dram_bytes
+        return self.workload.weight_bytes + self.workload.embed_bytes > memory
+
     def searched(self) -> PlannedModel:
         """The model with the plan for its request; BudgetError and PolicyError as `make_plan`."""
         searched = plan_with_alternatives(self.request)
@@ -168,22 +174,21 @@ def plan_model(
 def settle(options: LoadOptions, asked: Asked | None = None) -> PlannedModel:
     """Decide everything about a model that can be decided without reading its weights.
 
-    Nothing is open afterwards, and sizes are in the plan's workload alone. asked: what `ask` made of the options, if it
-    has been called.
+    Nothing is open afterwards, and sizes are in the plan's workload alone. asked: what `ask` has made of the options.
     """
     asked = asked or ask(options)
     try:
         planned = asked.searched()
     except BudgetError as error:
         raise MemoryBudgetError(str(error)) from error
-    return _within_host_memory(asked, planned) or planned
+    return planned if asked.is_too_large else _within_host_memory(asked, planned) or planned
 
 
 def _within_host_memory(asked: Asked, planned: PlannedModel) -> PlannedModel | None:
-    """The fastest plan that the machine's host memory holds where the fastest of all takes more, such as by expert
-    slots, which need every expert in DRAM; None where nothing is to be done or no plan does."""
+    """The fastest plan that the machine's host memory holds where the fastest of all takes more, as expert slots do,
+    which need every expert in DRAM; None where nothing is to be done or no plan does."""
     memory, dram_bytes = planned.plan.memory, asked.hardware.dram_bytes
-    if asked.policy.host_memory is not None or memory.host_bytes + memory.pinned_bytes <= dram_bytes:
+    if memory.host_bytes + memory.pinned_bytes <= dram_bytes or asked.policy.host_memory is not None:
         return None
     limit = int(PLANNED_DRAM * dram_bytes)
     policy = asked.policy.model_copy(update={"host_memory": limit})
