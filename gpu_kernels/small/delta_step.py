@@ -130,14 +130,7 @@ def _pairs(head, KEY_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, KEY_PAD: tl.con
 
 @triton.jit
 def _query_and_key(
-    unit,
-    inputs,
-    pairs,
-    scale,
-    KEY_DIM: tl.constexpr,
-    KEY_PAD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TAPS: tl.constexpr,
+    unit, inputs, pairs, scale, KEY_DIM: tl.constexpr, KEY_PAD: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr
 ):
     """(q, k) of a key head of a row, of unit length, q scaled. pairs: of `_pairs`."""
     in_pair, of_pair = pairs
