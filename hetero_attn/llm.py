@@ -41,7 +41,7 @@ class LLM:
     model: local directory, GGUF file or hub id. file: which GGUF file of a directory or repository, such as "*Q4_K_M*"
     or "Q4_K_M"; with one dtype "auto" keeps every tensor as the file has it. tokenizer: a folder, file or hub id whose
     tokenizer goes before the model's own. policy: a shipped policy's name, a YAML file or a Policy. gpu_memory: budget
-    such as "8GiB". dtype: auto | bf16 | fp16 | fp32 | q8 | q4. device: auto | cuda | cuda:N | cpu | emulated.
+    such as "8GiB". dtype: auto | bf16 | fp16 | fp32 | q8 | q4_m | q4. device: auto | cuda | cuda:N | cpu | emulated.
     max_context: tokens of one sequence. max_batch: sequences decoded together. seed: of requests that bring none.
     num_threads: of the CPU lane. hardware: the profile to plan with. kv_dtype: of keys and values, auto | bf16 | fp32 |
     q8 | q4 (auto: fp32 beside fp32 weights, else bf16). elastic keeps a copy in DRAM of what is in GPU memory, so that
@@ -53,7 +53,7 @@ class LLM:
     cannot be opened, while its weights load, as does a function of tokenizer and planned model that raises; else it
     warns and takes ids. speculate: off | ngram | auto, a small model of the same vocabulary, or an EAGLE-3 head: who
     guesses next tokens, as many as pay: those that the sampler draws are kept. "ngram" looks where text came before,
-    "auto" where the model allows it; a small model or head shares threads and budget. None: as the policy says.
+    "auto" is the same; a small model or head shares threads and budget. None: as the policy says.
 
     A request with `max_tokens` reserves the cache that it may need. One without takes pages as it grows; when they run
     out, the youngest of the lowest priority waits again and later goes on where it was.

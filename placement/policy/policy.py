@@ -72,7 +72,7 @@ class Policy(Strict):
     )
     speculate: SpeculateField = Field(
         "off",
-        description="Who drafts tokens: ngram (what came before), auto (ngram where the model allows it), or a small "
+        description="Who drafts tokens: ngram (what came before; auto is the same), or a small "
         "model of the same vocabulary or an EAGLE-3 head; a relative path is looked up from the working folder.",
     )
     shape: Literal["auto", "column", "paired"] = Field(

@@ -102,7 +102,7 @@ def rows() -> Iterator[tuple[str, Timeline, Timeline]]:
 
 def main() -> None:
     """Print the table."""
-    print("| change | before, ms | CPU lane / GPU / main thread | after, ms | CPU lane / GPU / main thread |")
+    print("| with | without it, ms | CPU lane / GPU / main thread | with it, ms | CPU lane / GPU / main thread |")
     print("|---|---|---|---|---|")
     for change in rows():
         print(row(*change))
