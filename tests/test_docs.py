@@ -51,9 +51,25 @@ def test_the_commands_of_a_page_run(page, monkeypatch):
 
 
 def test_links_lead_to_files():
-    for page in PAGES:
+    for page in sorted((ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_of_measurements_is_in_its_index():
+    index, *pages = sorted((ROOT / "docs" / "measured").glob("*.md"))
+
+    assert index.name == "README.md"
+    assert [page.name for page in pages if f"({page.name})" not in index.read_text()] == []
+
+
+def test_the_results_that_pages_name_are_kept():
+    """PATH and CPU stand for several files."""
+    kept = {path.name for path in (ROOT / "examples" / "benchmarks" / "results").rglob("*.json")}
+    for page in (ROOT / "docs" / "measured").glob("*.md"):
+        named = set(re.findall(r"`(?:results/\w+/)?(\w+\.json)`", page.read_text()))
+
+        assert {name for name in named if not re.search("PATH|CPU", name)} <= kept, page.name
 
 
 def test_the_policy_page_is_that_of_the_schema():
