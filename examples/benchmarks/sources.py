@@ -13,7 +13,7 @@ from typing import NamedTuple
 from cpu_kernels.formats import GGUF_BY_NAME, SOURCE_TYPES, format_of
 
 RESULTS = Path(__file__).parent / "results"
-ONE_ROW = ("kernels/kernels_cpu_zen4_1thread", "kernels/kernels_cpu_zen3_1thread")
+ONE_ROW = ("kernels/kernels_cpu_forms_zen4_2threads", "kernels/kernels_cpu_zen3_1thread")
 EXACTNESS = "quality/gguf_exactness_smollm2"
 HEADINGS = (
     "weights of",
