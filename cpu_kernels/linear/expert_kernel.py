@@ -12,6 +12,7 @@ Which experts and how many rows are memory contents: a recorded call follows wha
 from cpu_kernels.formats import GROUP_INPUTS, WeightFormat, format_of
 from cpu_kernels.linear.dot_blocks import line_of
 from cpu_kernels.linear.dot_kernel import keep_rounded, keep_widened, no_rows, padded_row_bytes, rows_over_range
+from cpu_kernels.linear.forms.subnormal_codes import keeping_subnormals
 from cpu_kernels.linear.panels.over_range import panels_over_range
 from cpu_kernels.linear.panels.places import spread_area
 from cpu_kernels.linear.panels.turned import turned_rows
@@ -151,7 +152,7 @@ def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
     def kernel(arguments, thread):
         over_ranges(arguments, (quantize(arguments), spread_area(arguments, thread)), tile)
 
-    return kernel
+    return keeping_subnormals(isa, item, kernel)
 
 
 @helper

@@ -14,6 +14,7 @@ from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat, format_o
 from cpu_kernels.formats.weights import SUPERBLOCK_LINES
 from cpu_kernels.linear.forms.line_order import header_leader
 from cpu_kernels.linear.forms.step import form_step
+from cpu_kernels.linear.forms.subnormal_codes import keeping_subnormals
 from cpu_kernels.linear.panels.over_range import panels_over_range
 from cpu_kernels.linear.panels.places import spread_area
 from cpu_kernels.linear.records import panel_of, row_quantiser
@@ -229,4 +230,4 @@ def linear_q(isa: Isa, weight_dtype: str, tile: int):
             multiply(arguments, records, weight, 0, rows, start, stop, area)
             start, stop = take_range(arguments, 1, num_blocks, smallest, parts)
 
-    return kernel
+    return keeping_subnormals(isa, item, kernel)

@@ -8,6 +8,8 @@ from numba.core import cgutils
 
 from cpu_kernels.vectors.vector import F32, HALF, I8, I16, I32, I64, call_llvm, emits, float32, int32, intp, pointer
 
+FLUSHES = 0x8040  # of x86's MXCSR: results, and operands, that are subnormal become zero
+
 
 @emits(types.int64, types.int64, types.int64)
 def least(b, x, y):
@@ -175,6 +177,29 @@ def clock_ns(b):
     call_llvm(b, "clock_gettime", I32, ir.Constant(I32, time.CLOCK_MONOTONIC), b.bitcast(time_spec, I8.as_pointer()))
     seconds, nanoseconds = (b.load(cgutils.gep_inbounds(b, time_spec, 0, part)) for part in range(2))
     return b.add(b.mul(seconds, ir.Constant(I64, 10**9)), nanoseconds)
+
+
+@emits(types.int64)
+def keep_subnormals(b):
+    """Let this thread of an x86 CPU multiply subnormal numbers as they are; returns what `restore_arithmetic` takes.
+
+    Another library may have them flushed to zero: torch.set_flush_denormal, or one that was built with -ffast-math.
+    """
+    control = cgutils.alloca_once(b, I32)
+    at = b.bitcast(control, I8.as_pointer())
+    call_llvm(b, "llvm.x86.sse.stmxcsr", ir.VoidType(), at)
+    before = b.load(control)
+    b.store(b.and_(before, ir.Constant(I32, ~FLUSHES)), control)
+    call_llvm(b, "llvm.x86.sse.ldmxcsr", ir.VoidType(), at)
+    return b.zext(before, I64)
+
+
+@emits(types.void, types.int64)
+def restore_arithmetic(b, before):
+    """What `keep_subnormals` found."""
+    control = cgutils.alloca_once(b, I32)
+    b.store(b.trunc(before, I32), control)
+    call_llvm(b, "llvm.x86.sse.ldmxcsr", ir.VoidType(), b.bitcast(control, I8.as_pointer()))
 
 
 @emits(types.void, types.int64, types.int64, types.int64)

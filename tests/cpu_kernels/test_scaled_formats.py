@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cpu_kernels import CpuKernels
+from cpu_kernels.contract import Picks
 from cpu_kernels.formats import E2M1_TYPE, NF4_VALUES, SCALED_TYPES, format_of
 from cpu_kernels.linear.forms.number_planes import digit_planes, fits_planes
 from cpu_kernels.vectors.isa import named
@@ -76,6 +77,36 @@ def test_one_row_of_fp8_has_the_same_bits_by_subnormal_numbers(kind, monkeypatch
         outs.append(out)
 
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.format in ("fp8", "fp8_g32")])
+@pytest.mark.parametrize("is_of_experts", [False, True])
+def test_a_thread_that_flushes_subnormal_numbers_computes_the_same(kind, is_of_experts, monkeypatch, tmp_path):
+    """Most weights near zero are subnormal in FP8; afterwards the thread flushes as before."""
+    if "avx2" not in ISAS or not torch.set_flush_denormal(False):
+        pytest.skip(f"this CPU runs {', '.join(ISAS)}; on others no subnormal numbers are multiplied")
+    blocks, values = random_blocks(kind, 48, 720 // kind.items)
+    blocks.view(48, -1, kind.block_bytes)[..., 4:] &= 0x87
+    weight, x, outs = packed(kernels(), kind, blocks), torch.randn(1, values.shape[1]), []
+    isa = replace(named("avx2"), has_free_subnormals=True)
+    monkeypatch.setattr("cpu_kernels.kernels.choose", lambda name: isa)
+    picks = Picks(torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32), 0)
+
+    with CpuKernels(num_threads=1, cache_dir=tmp_path) as ops:
+        for flushes in (False, True):
+            outs.append(torch.zeros(1, 48))
+            torch.set_flush_denormal(flushes)
+            try:
+                if is_of_experts:
+                    ops.expert_linear(x, picks, weight[None], kind.format, outs[-1])
+                else:
+                    ops.linear(x, weight, kind.format, None, outs[-1])
+                still_flushes = (torch.full((1,), 1e-38) * 0.1).item() == 0.0
+            finally:
+                torch.set_flush_denormal(False)
+            assert still_flushes == flushes
+
+    assert outs[0].count_nonzero() and torch.equal(*outs)
 
 
 @by_kind

@@ -16,7 +16,7 @@ from cpu_kernels.linear.forms.codes import code_words, half_words
 from cpu_kernels.linear.forms.float_codes import numbers_of_word, row_dot, unit_of, wide_row_dot
 from cpu_kernels.linear.forms.line_order import code_leader
 from cpu_kernels.linear.forms.number_planes import ONE, fits_planes, planes_dot, wide_planes_dot
-from cpu_kernels.linear.forms.subnormal_codes import subnormal_row_dot
+from cpu_kernels.linear.forms.subnormal_codes import subnormal_row_dot, takes_subnormals
 from cpu_kernels.linear.records import Record, run_of, starts_of
 from cpu_kernels.vectors.code_sums import CodeSums
 from cpu_kernels.vectors.dot import emit_dot2, pair, pairs_of
@@ -55,7 +55,7 @@ class FormSums:
         self.starts = starts_of(isa, item)
         is_x86 = isa.has_avx2 or isa.has_avx512
         self.takes_planes = rows == 1 and is_x86 and self.run >= 32 and fits_planes(item.values)
-        self.takes_subnormals = rows == 1 and item.plane == "f8" and isa.has_free_subnormals
+        self.takes_subnormals = rows == 1 and takes_subnormals(isa, item)
         # Whether registers are few for what the rows hold, and what they share pays.
         self.has_several_rows = rows >= (2 if self.code_sums.takes_scales else 4)
         # Two dot2 a row, by sub-scales, in place of four.

@@ -6,13 +6,17 @@ other lanes. A register holds one input of eight features; the input itself, tim
 and their bits, are those of float_codes.py: a product is the same whichever factor has the power of two.
 """
 
+from collections.abc import Callable
 from functools import reduce
 
 from llvmlite import ir
 from numba.core import cgutils
 
-from cpu_kernels.formats import GROUP_INPUTS
+from cpu_kernels.formats import GROUP_INPUTS, WeightFormat
+from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.dot import V8I32, V16I16, high_halves, low_halves
+from cpu_kernels.vectors.isa import Isa
+from cpu_kernels.vectors.scalar import keep_subnormals, restore_arithmetic
 from cpu_kernels.vectors.vector import (
     F32,
     I64,
@@ -65,3 +69,22 @@ def subnormal_row_dot(b, half_word, record, quarters: range):
             sums = in_order(b, sums)
         halves.append(reduce(b.fadd, sums))
     return picked(b, *halves, list(range(2 * HALF)))
+
+
+def takes_subnormals(isa: Isa, item: WeightFormat) -> bool:
+    """Whether one row of a format is multiplied so."""
+    return item.plane == "f8" and isa.has_free_subnormals
+
+
+def keeping_subnormals(isa: Isa, item: WeightFormat, kernel: Callable) -> Callable:
+    """A kernel (arguments, thread) that computes the same whether or not its thread flushes subnormal numbers."""
+    if not takes_subnormals(isa, item):
+        return kernel
+    work = helper(kernel)
+
+    def kept(arguments, thread):
+        before = keep_subnormals()
+        work(arguments, thread)
+        restore_arithmetic(before)
+
+    return kept
