@@ -62,9 +62,7 @@ def _way_out(path: Path) -> str:
     only_sentencepiece = (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
     if only_sentencepiece and importlib.util.find_spec("sentencepiece") is None:
         return "tokenizer.model needs the sentencepiece package: pip install sentencepiece protobuf"
-    return (
-        "download the tokenizer files again (code that comes with a model is never run), or give prompts as token ids"
-    )
+    return "download the tokenizer again or give prompts as token ids; a model's code is never run"
 
 
 def _check_address_space(path: Path) -> None:
