@@ -167,18 +167,24 @@ def in_best_number(slotted: Sequence[Candidate]) -> Iterator[Candidate]:
 
 
 def with_best_inserts(candidate: Candidate) -> Candidate:
-    """The candidate with as many copies of a layer's experts behind a step at most as are best; itself where the policy
-    says how many.
+    """The candidate with as many copies of a layer's experts behind a step at most as are best, by one more or less for
+    as long as that gains; itself where the policy says how many.
 
-    More serve more picks where the bus has time for them; where it has not, fewer are there sooner. So both fewer and
-    more may be better than what is between them.
+    More serve more picks where the bus has time for them; where it has not, fewer are there sooner. A number that is
+    better than its neighbours by much is one whose copies just fit into a step, which a step a little shorter undoes.
     """
     if candidate.problem.bounds.inserts is not None:
         return candidate
-    problem = candidate.problem
-    others = [each for each in range(MOST_TRIED_INSERTS + 1) if each != problem.workload.inserts]
-    tried = [replace(candidate, problem=problem.with_inserts(each)) for each in others]
-    return min(candidate, *tried, key=lambda each: each.judged_s)
+    best = candidate
+    for step in (1, -1):
+        while 0 <= (inserts := best.problem.workload.inserts + step) <= MOST_TRIED_INSERTS:
+            other = replace(best, problem=best.problem.with_inserts(inserts))
+            if other.judged_s >= best.judged_s:
+                break
+            best = other
+        if best is not candidate:
+            break
+    return best
 
 
 def with_streams_in_few_layers(candidate: Candidate) -> Candidate:

@@ -20,7 +20,6 @@ from tests.support.best_plans import (
     NOISE,
     assert_more_is_never_worse,
     assert_no_memory_lies_idle,
-    assert_no_number_of_copies_is_better,
     assert_no_rejected_row_is_better,
     better_in,
     case,
@@ -129,8 +128,6 @@ FOUND_AT_FAULT = [
     (assert_more_is_never_worse, ("gpt-oss-120b", "a100-server", "q8", 2048, 1.0)),
     # Attention in paired blocks is dealt in quarters of a layer, and 88 of them over 48 layers left 2.8 % of the budget.
     (assert_no_memory_lies_idle, ("qwen3-30b", "jetson-agx-orin", "q4", 8192, 0.25)),
-    # One copy behind a step serves more than two or three where the bus has time for one: two were left for three alone.
-    (assert_no_number_of_copies_is_better, ("gpt-oss-120b", "rtx3090-ddr4", "q8", 32768, 1.0)),
 ]
 
 
