@@ -102,17 +102,22 @@ def expert_slots_line(workload: Workload, linears: Sequence[LinearPlacement], ba
     if not pairs:
         return ""
     counts, size = [placement.expert_slots for _, placement in pairs], sum(expert_slot_bytes(*pair) for pair in pairs)
-    each = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     measured = all(shard.heat is not None for shard, _ in pairs)
     source = "as profiled" if measured else "assumed, `hetero-attn profile --routes` follows a text"
     moves = workload.inserts and all(shard.same_bits for shard, _ in pairs)
     often = "a step" if batch_steps == 1 else f"every {batch_steps:.2g} steps, for the bus has no time for more"
     kept = f"at most {workload.inserts} a layer copied in behind {often}" if moves else "always the same experts"
     return (
-        f"expert slots: {each} a layer, {format_bytes(size)}, {kept}; expected to serve "
+        f"expert slots: {_span(counts)} a layer, {format_bytes(size)}, {kept}; expected to serve "
         f"{mean_hit_rate(workload, linears, batch_steps):.0%} of a token's picks ({source}), with 1 GiB more for them "
         f"{mean_hit_rate(workload, _with_more(workload, linears, GIB), batch_steps):.0%}"
     )
+
+
+def _span(counts: Sequence[int]) -> str:
+    """How many each layer has."""
+    least, most = min(counts), max(counts)
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def streams_some(placement: LinearPlacement, tier: int) -> bool:
@@ -132,8 +137,7 @@ def streamed_experts_line(workload: Workload, linears: Sequence[LinearPlacement]
     if not pairs:
         return ""
     counts = [placement.stream_units[tier] for _, placement in pairs]
-    each = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    what = f"experts streamed to prompts: {each} in each of {len(pairs)} layers"
+    what = f"experts streamed to prompts: {_span(counts)} in each of {len(pairs)} layers"
     if not all(shard.same_bits for shard, _ in pairs):
         return f"{what}, always the same, as another lane gives their formats other bits"
     if any(shard.heat is None or placement.expert_slots for shard, placement in pairs):

@@ -170,8 +170,8 @@ def with_best_inserts(candidate: Candidate) -> Candidate:
     """The candidate with as many copies of a layer's experts behind a step at most as are best, by one more or less for
     as long as that gains; itself where the policy says how many.
 
-    More serve more picks where the bus has time for them; where it has not, fewer are there sooner. A number that is
-    better than its neighbours by much is one whose copies just fit into a step, which a step a little shorter undoes.
+    More serve more picks where the bus has time for them; where it has not, fewer are there sooner. A number
+    farther off may be better by much where its copies just fit into a step, which a step a little shorter undoes.
     """
     if candidate.problem.bounds.inserts is not None:
         return candidate

@@ -1,7 +1,6 @@
 """Qwen3-Next and Qwen3.5 against transformers in float32: gated DeltaNet, gated attention, mixed layers, states."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from hetero_attn.tools.timeline.simulate import Simulation
 from placement.machine.hardware import HardwareProfile
 from tests.support.fake_engine import fake_engine
 from tests.support.moe import make_moe, moe_logits
+from tests.support.planted_experts import Planted
 from tests.support.runtime import cpu_plan, decoded_together, make_engine, nmse, run_logits, toy_workload, uniform_plan
 from tests.support.toy import edit_json
 
@@ -198,24 +198,13 @@ def error_with(path, name, call, recorded=True):
     engine = make_engine(path, cpu_plan(toy_workload(path)))
     if not recorded:
         engine.forward.replay = None  # what is made for a call is gone when a program runs
-    kept, engine.lanes.host_ops = engine.lanes.host_ops, Replaced(engine.lanes.host_ops, name, call)
+    kept, engine.lanes.host_ops = engine.lanes.host_ops, Planted(engine.lanes.host_ops, name, call)
     try:
         actual = run_logits(engine, TOKENS[:20], 12)
     finally:
         engine.lanes.host_ops = kept
         engine.close()
     return nmse(actual, moe_logits(path, TOKENS[:20]))
-
-
-class Replaced:
-    """Operations with another call in the place of one of them."""
-
-    def __init__(self, ops, name, call):
-        self._ops, self._name, self._call = ops, name, call
-
-    def __getattr__(self, name):
-        op = getattr(self._ops, name)
-        return partial(self._call, op) if name == self._name else op
 
 
 def test_tokens_are_recorded_where_no_gpu_takes_part(path):

@@ -20,6 +20,7 @@ from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.workload import NUM_ROW_TIERS
 from tests.support.fake_engine import fake_engine
 from tests.support.moe import make_moe
+from tests.support.planted_experts import Planted
 from tests.support.race_checker import RaceError
 from tests.support.runtime import cpu_plan, decoded_together, emulated_plan, make_engine, nmse, run_logits, toy_workload
 from tests.support.simulated_gpu import SimulatedDriver
@@ -222,18 +223,14 @@ def on_two_lanes(into):
     "fault", [twice_and_never, *(pytest.param(fault, marks=pytest.mark.matrix) for fault in (on_no_lane, on_two_lanes))]
 )
 def test_a_planted_fault_of_the_picks_shows(paths, fault):
-    class Planted:
-        def __getattr__(self, name):
-            return getattr(reference, name)
-
-        def route(self, x, router, scoring, into):
-            reference.route(x, router, scoring, into)
-            fault(into)
+    def changed(route, x, router, scoring, into):
+        route(x, router, scoring, into)
+        fault(into)
 
     workload = toy_workload(paths["qwen3_moe"], "q8")
     expected, _ = logits_of(paths["qwen3_moe"], slotted(workload, 5))
     engine = make_engine(paths["qwen3_moe"], slotted(workload, 5))
-    engine.lanes.device.ops = Planted()
+    engine.lanes.device.ops = Planted(reference, "route", changed)
     actual = run_logits(engine, TOKENS, PROMPT)
     engine.close()
 

@@ -15,6 +15,7 @@ from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.workload import NUM_ROW_TIERS, row_tier
 from tests.support.fake_engine import fake_engine
 from tests.support.moe import make_moe
+from tests.support.planted_experts import Planted
 from tests.support.runtime import emulated_plan, make_engine, nmse, run_logits, toy_workload
 from tests.support.simulated_lanes import simulated
 
@@ -357,19 +358,15 @@ def on_no_lane(into, copied):
 
 @pytest.mark.parametrize("fault", [on_both_lanes, on_no_lane])
 def test_a_planted_fault_of_the_picks_shows(paths, fault):
-    class Planted:
-        def __getattr__(self, name):
-            return getattr(reference, name)
-
-        def route(self, x, router, scoring, into):
-            reference.route(x, router, scoring, into)
-            if copied := into.starts.shape[0] - 1 - into.experts:
-                fault(into, copied)
+    def changed(route, x, router, scoring, into):
+        route(x, router, scoring, into)
+        if copied := into.starts.shape[0] - 1 - into.experts:
+            fault(into, copied)
 
     workload = toy_workload(paths["qwen3_moe"], "q8")
     expected = logits_of(paths["qwen3_moe"], on_cpu(workload))
     engine = make_engine(paths["qwen3_moe"], streaming(workload, PROMPTS_ONLY))
-    engine.lanes.device.ops = Planted()
+    engine.lanes.device.ops = Planted(reference, "route", changed)
     actual = run_logits(engine, TOKENS, PROMPT)
     engine.close()
 

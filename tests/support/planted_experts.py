@@ -1,21 +1,21 @@
 """Errors that an implementation of experts could have, each planted in one operation of the CPU kernels."""
 
+from functools import partial
+
 import torch
 
 from tests.support.runtime import cpu_plan, make_engine, run_logits, toy_workload
 
 
 class Planted:
-    """CPU kernels of which one operation does something else: change(ops, name, arguments) runs it."""
+    """Operations of which one does something else: change(operation, *arguments) runs in its place."""
 
     def __init__(self, ops, name, change):
         self._ops, self._name, self._change = ops, name, change
 
     def __getattr__(self, name):
         operation = getattr(self._ops, name)
-        if name != self._name:
-            return operation
-        return lambda *arguments: self._change(operation, *arguments)
+        return partial(self._change, operation) if name == self._name else operation
 
 
 def planted_logits(path, planted, tokens, prompt_tokens):
