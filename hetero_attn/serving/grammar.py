@@ -7,24 +7,20 @@ and in every step; sizes and depth are bounded here. Source: https://github.com/
 
 import json
 import re
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from threading import Lock
 from typing import Any
 
-import numpy as np
-import torch
-
 from hetero_attn.errors import SamplingError
+from hetero_attn.serving.draws.token_mask import TokenMask, cause
 from hetero_attn.serving.sampling_params import JSON_OPTIONS, SamplingParams
 from hetero_attn.serving.text.tokenizer import Tokenizer
 
 MOST_COMPILED = 16  # `((a{1000}){100}){3}` takes 100 MB
 MOST_FORMATS = 16  # that nobody knows, in one schema
-AHEAD_S = 1e-4  # of a mask; handing over a shorter one to another thread would take as long
 # Words of a vocabulary that llguidance tests once for all: where a grammar allows any text of such letters, it walks
 # through the others alone. Masks of SmolLM2's 49,152 tokens by `[a-z ]{3,99}` take 30 us in place of 400.
 LETTERS = ("a-z ", "a-zA-Z0-9 ")
@@ -32,136 +28,6 @@ LENGTHS = ("{1,10}", "{1,30}", "+")
 _UNKNOWN_FORMAT = re.compile(r"Unknown format: (\S+)")
 _VALUES = ("const", "enum", "default", "examples")  # what they hold is no schema
 _OBJECTS = {"true": "{}", "false": '{"not": {}}'}  # schemas of one word as llguidance takes them, which wants objects
-
-
-class TokenMask:
-    """What one request may say next. matcher: llguidance's. after: token ids behind which the grammar holds, empty for
-    from the start. threads: where masks that take long are found out ahead. lost: called where it can be followed no
-    further."""
-
-    def __init__(
-        self,
-        matcher: Any,
-        vocab_size: int,
-        after: Sequence[int],
-        threads: ThreadPoolExecutor,
-        lost: Callable[[], object] = tuple,
-    ) -> None:
-        self._lost = lost
-        self._matcher, self._vocab_size, self._after, self._threads = matcher, vocab_size, list(after), threads
-        self._start = None if after else 0  # position of the first token that has to follow the grammar
-        self._before: list[int] = []  # tokens among which `after` was looked for last
-        self._seen: list[int] = []  # tokens that the matcher has taken
-        self._ahead: Future | None = None  # of the mask behind `_seen`
-        self._found: np.ndarray | None = None  # that mask
-        self._forced: list[int] | None = None  # tokens that have to come behind `_seen`
-        self._took_s = 0.0  # processor time of the last mask
-
-    def copy(self, lost: Callable[[], object]) -> "TokenMask":
-        """A fresh one, from the start."""
-        return TokenMask(self._matcher.deep_copy(), self._vocab_size, self._after, self._threads, lost)
-
-    def prepare(self, generated_ids: Sequence[int]) -> None:
-        """Begin to find out on another thread what may come behind these, while a step is computed; only where the last
-        time took long."""
-        if self._took_s >= AHEAD_S and self.holds(generated_ids):
-            self._follow(generated_ids)
-            if self._found is None and self._ahead is None:
-                self._ahead = self._threads.submit(self._bits)
-
-    def holds(self, generated_ids: Sequence[int]) -> bool:
-        """Whether what comes behind these has to follow the grammar, which may begin behind a text that is to come."""
-        return self._found_start(generated_ids) is not None
-
-    def which(self, generated_ids: Sequence[int], token_ids: Sequence[int]) -> list[bool]:
-        """Whether each of some tokens may come behind these; a small part of the work of finding out all that may.
-
-        Where text is forced llguidance allows one way of writing it, and takes any; at the end it allows the end, and
-        takes nothing. There all are found out, which is soon done.
-        """
-        if not self.holds(generated_ids):
-            return [True] * len(token_ids)
-        self._follow(generated_ids)
-        is_known = self._ahead is not None or self._found is not None
-        if is_known or self._matcher.is_stopped() or self._forced_tokens():
-            return self._mask()[list(token_ids)].tolist()
-        return [self._matcher.validate_tokens([token_id]) == 1 for token_id in token_ids]
-
-    def allowed(self, generated_ids: Sequence[int]) -> torch.Tensor | None:
-        """Which tokens may come next: bool [vocab_size] on the CPU, not to be written to; None while every one may.
-
-        generated_ids: all tokens of the answer so far; they may be fewer than at the call before. Raises SamplingError
-        where the grammar has become too costly to follow.
-        """
-        if not self.holds(generated_ids):
-            return None
-        self._follow(generated_ids)
-        return torch.from_numpy(self._mask())
-
-    def forced(self, generated_ids: Sequence[int]) -> list[int]:
-        """Tokens that write what the grammar forces behind these, empty where it leaves a choice of text."""
-        if not self.holds(generated_ids):
-            return []
-        self._follow(generated_ids)
-        self._rest()
-        return [] if self._matcher.is_error() else self._forced_tokens()
-
-    def _found_start(self, generated_ids: Sequence[int]) -> int | None:
-        width, known = len(self._after), len(self._before)
-        if not width:
-            return 0
-        if self._start is None or self._start > len(generated_ids):
-            is_longer = list(generated_ids[:known]) == self._before
-            first = max(width, known + 1 if is_longer and self._start is None else 0)
-            ends = range(first, len(generated_ids) + 1)
-            self._start = next((end for end in ends if [*generated_ids[end - width : end]] == self._after), None)
-            self._before = list(generated_ids)
-        return self._start
-
-    def _follow(self, generated_ids: Sequence[int]) -> None:
-        """Bring the matcher to where the answer stands; what was found out is kept only there."""
-        tokens = list(generated_ids[self._start :])
-        if tokens == self._seen:
-            return
-        self._rest()
-        self._found = self._forced = None
-        shared = len(self._seen) if tokens[: len(self._seen)] == self._seen else 0
-        while shared < min(len(tokens), len(self._seen)) and tokens[shared] == self._seen[shared]:
-            shared += 1
-        if shared < len(self._seen):
-            self._matcher.rollback(len(self._seen) - shared)
-            self._seen = self._seen[:shared]
-        if tokens[shared:]:
-            self._matcher.consume_tokens(tokens[shared:])
-            self._seen = tokens
-
-    def _forced_tokens(self) -> list[int]:
-        if self._forced is None:
-            self._forced = self._matcher.compute_ff_tokens()
-        return self._forced
-
-    def _mask(self) -> np.ndarray:
-        """What may come where the matcher stands: bool [vocab_size]."""
-        if self._found is None:
-            bits = self._bits() if self._ahead is None else self._ahead.result()
-            if self._matcher.is_error():
-                self._lost()
-                raise SamplingError(f"the grammar cannot be followed further: {_cause(self._matcher.get_error())}")
-            words = np.frombuffer(bits, np.uint8)
-            self._found = np.unpackbits(words, count=self._vocab_size, bitorder="little").view(np.bool_)
-        return self._found
-
-    def _bits(self) -> bytes:
-        begin = time.thread_time()
-        bits = self._matcher.compute_bitmask()
-        self._took_s = time.thread_time() - begin
-        return bits
-
-    def _rest(self) -> None:
-        """Let the other thread come to its end: the matcher is for one at a time."""
-        if self._ahead is not None:
-            self._ahead.exception()
-            self._ahead = None
 
 
 class Grammars:
@@ -172,8 +38,8 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, end_token_ids: Sequence[int]) -> None:
         self._tokenizer, self._vocab_size, self._end_token_ids = tokenizer, vocab_size, list(end_token_ids)
-        self._lock = Lock()
-        self._compiled: OrderedDict[tuple[str, str], TokenMask] = OrderedDict()
+        self._lock, self._tokens_lock = Lock(), Lock()  # each held for an instant, but for the tokens of the first
+        self._compiled: OrderedDict[tuple[str, str], Any] = OrderedDict()
         self._known_tokens: Any = None
 
     def mask(self, params: SamplingParams) -> TokenMask | None:
@@ -181,14 +47,32 @@ class Grammars:
         wanted = params.wanted_grammar
         if wanted is None:
             return None
+        self._matcher_of(wanted)
+        after = [] if params.grammar_after is None else self._ids_of(params.grammar_after)
+        ready, lost = partial(self._ready, wanted), partial(self._forget, wanted)
+        return TokenMask(ready, self._vocab_size, after, self._threads, lost)
+
+    def _ready(self, wanted: tuple[str, str]) -> Future:
+        """A matcher at its start, at once where the grammar is still kept, else from another thread."""
         with self._lock:
-            key = (repr(wanted), params.grammar_after or "")
-            if key not in self._compiled:
-                self._compiled[key] = self._compile(*wanted, params.grammar_after)
-            self._compiled.move_to_end(key)
+            kept = self._compiled.get(wanted)
+        if kept is None:
+            return self._compilers.submit(lambda: self._matcher_of(wanted).deep_copy())
+        found: Future = Future()
+        found.set_result(kept.deep_copy())
+        return found
+
+    def _matcher_of(self, wanted: tuple[str, str]) -> Any:
+        """The matcher that is kept of a grammar, not to be moved."""
+        with self._lock:
+            found = self._compiled.get(wanted)
+        found = found or self._compile(*wanted)
+        with self._lock:
+            self._compiled[wanted] = found
+            self._compiled.move_to_end(wanted)
             if len(self._compiled) > MOST_COMPILED:
                 self._compiled.popitem(last=False)
-            return self._compiled[key].copy(partial(self._forget, key))
+        return found
 
     def mark(self, text: str) -> str:
         """A marker of a chat template as a Lark grammar names it: a special token is no text. Raises SamplingError."""
@@ -196,13 +80,13 @@ class Grammars:
         is_special = not more and self._tokens().is_special_token(token_id)
         return f"<[{token_id}]>" if is_special else json.dumps(text, ensure_ascii=False)
 
-    def _forget(self, key: tuple[str, str]) -> None:
+    def _forget(self, wanted: tuple[str, str]) -> None:
         """Keep a grammar no longer that an answer could not follow to its end: what it took until then, often 100 MB,
         all its copies share."""
         with self._lock:
-            self._compiled.pop(key, None)
+            self._compiled.pop(wanted, None)
 
-    def _compile(self, kind: str, text: str, after: str | None) -> TokenMask:
+    def _compile(self, kind: str, text: str) -> Any:
         matcher = self._matcher(kind, text)
         for _ in range(MOST_FORMATS):
             unknown = _UNKNOWN_FORMAT.search(matcher.get_error() or "") if kind == "json_schema" else None
@@ -214,12 +98,16 @@ class Grammars:
         if not matcher.is_error():
             trial.compute_bitmask()  # whether anything may begin is found out here alone
         if trial.is_error():
-            raise SamplingError(f"{kind} cannot be followed: {_cause(trial.get_error())}", kind)
-        return TokenMask(matcher, self._vocab_size, [] if after is None else self._ids_of(after), self._threads)
+            raise SamplingError(f"{kind} cannot be followed: {cause(trial.get_error())}", kind)
+        return matcher
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, thread_name_prefix="hetero-attn-mask")
+
+    @cached_property
+    def _compilers(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="hetero-attn-grammar")
 
     def _matcher(self, kind: str, text: str) -> Any:
         llguidance, tokens = _llguidance(), self._tokens()
@@ -231,7 +119,7 @@ class Grammars:
                 grammar = make.grammar_from_regex(text) if kind == "regex" else make.grammar_from_lark(text)
             return make(tokens, grammar, log_level=0)
         except ValueError as error:
-            raise SamplingError(f"{kind} cannot be followed: {_cause(str(error))}", kind) from None
+            raise SamplingError(f"{kind} cannot be followed: {cause(str(error))}", kind) from None
 
     def _ids_of(self, text: str) -> list[int]:
         if self._tokenizer is None:
@@ -239,21 +127,25 @@ class Grammars:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _tokens(self) -> Any:
-        if self._known_tokens is None:
-            llguidance = _llguidance()
-            description = None if self._tokenizer is None else self._tokenizer.description
-            if description is None:
-                raise SamplingError("this model's tokenizer is not of the kind that tokenizer.json describes, so its "
-                                    "answers cannot follow a grammar")  # fmt: skip
-            ends = [each for each in self._end_token_ids if each < self._vocab_size]
-            words = [f"[{letters}]{length}" for letters in LETTERS for length in LENGTHS]
-            known = {"n_vocab": self._vocab_size, "eos_token": ends}
-            try:
-                slices = words + llguidance.LLTokenizer.general_slices()
-                self._known_tokens = llguidance.LLTokenizer(description, slices=slices, **known)
-            except ValueError as error:
-                raise SamplingError(f"this model's answers cannot follow a grammar: {_cause(str(error))}") from None
-        return self._known_tokens
+        with self._tokens_lock:
+            if self._known_tokens is None:
+                self._known_tokens = self._made_tokens()
+            return self._known_tokens
+
+    def _made_tokens(self) -> Any:
+        llguidance = _llguidance()
+        description = None if self._tokenizer is None else self._tokenizer.description
+        if description is None:
+            raise SamplingError("this model's tokenizer is not of the kind that tokenizer.json describes, so its "
+                                "answers cannot follow a grammar")  # fmt: skip
+        ends = [each for each in self._end_token_ids if each < self._vocab_size]
+        words = [f"[{letters}]{length}" for letters in LETTERS for length in LENGTHS]
+        known = {"n_vocab": self._vocab_size, "eos_token": ends}
+        try:
+            slices = words + llguidance.LLTokenizer.general_slices()
+            return llguidance.LLTokenizer(description, slices=slices, **known)
+        except ValueError as error:
+            raise SamplingError(f"this model's answers cannot follow a grammar: {cause(str(error))}") from None
 
 
 def _llguidance() -> Any:
@@ -273,11 +165,3 @@ def _without_format(schema: Any, name: str) -> Any:
         return schema
     kept = {key: value for key, value in schema.items() if (key, value) != ("format", name)}
     return {key: value if key in _VALUES else _without_format(value, name) for key, value in kept.items()}
-
-
-def _cause(text: str) -> str:
-    """What llguidance says in many lines, in one."""
-    if text.startswith("NoExtensionBias"):
-        return "there is no text that fits it"
-    first, *more = text.strip().splitlines() or [""]
-    return " ".join([first, *(line for line in more if line.startswith("error: "))])[:300]

@@ -22,8 +22,8 @@ import torch
 from hetero_attn.engine.greatest import LogitsRow, greatest, greatest_with_value
 from hetero_attn.errors import NonFiniteLogitsError, SamplingError
 from hetero_attn.serving.draws.likely import likely_tokens, pick
+from hetero_attn.serving.draws.token_mask import TokenMask
 from hetero_attn.serving.draws.unmasked import first_draw, second_draw
-from hetero_attn.serving.grammar import TokenMask
 from hetero_attn.serving.sampling_params import SamplingParams
 
 __all__ = ["SampledToken", "Sampler", "SamplingParams", "score_token"]
@@ -139,6 +139,16 @@ class Sampler:
     def has_grammar(self) -> bool:
         """Whether tokens have to follow a grammar."""
         return self._token_mask is not None
+
+    def begin(self) -> None:
+        """Have what the grammar needs made ready, where there is one: its request has got its place."""
+        if self._token_mask is not None:
+            self._token_mask.begin()
+
+    def let_go(self) -> None:
+        """Hold nothing of the grammar's, until the next token or `begin`: its request has lost its place."""
+        if self._token_mask is not None:
+            self._token_mask.let_go()
 
     def prepare(self, generated_ids: Sequence[int]) -> None:
         """Begin to work out what the grammar allows behind these, before the logits are there; where that is likely to

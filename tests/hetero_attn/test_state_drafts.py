@@ -11,7 +11,7 @@ from hetero_attn.cache.states import FixedStates
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.models.delta import DeltaNet
 from hetero_attn.ops.step_rows import Rows
-from hetero_attn.serving.grammar import TokenMask
+from hetero_attn.serving.draws.token_mask import TokenMask
 from hetero_attn.serving.scheduling import scheduler
 from hetero_attn.speculation.width import Width
 from tests.hetero_attn.test_eagle_head import expect_the_slow_heads_drafts

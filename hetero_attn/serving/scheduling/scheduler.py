@@ -152,7 +152,8 @@ class Scheduler:
             request = self._waiting[0]
             request.sequence = cache.open(request.reserved_tokens)
             insort(self._running, request, key=_rank)
-            self._waiting.pop(0)
+            del self._waiting[0]
+            request.sampler.begin()
 
     def _wanted_tokens(self, request: Request) -> int:
         """What must be free before a request joins others: one that grows leaves each of them a page to grow into."""
@@ -173,7 +174,7 @@ class Scheduler:
         return not request.grows or self._engine.kv_cache.extend(request.sequence, request.cached_tokens + 1)
 
     def _put_back(self, request: Request) -> None:
-        self._forget_drafts(request)
+        self._let_go(request)
         self._remember(request)
         self._engine.kv_cache.close(request.sequence)
         self._running.remove(request)
@@ -222,11 +223,9 @@ class Scheduler:
     def _decode(self, requests: tuple[Request, ...]) -> None:
         if self.speculator is None and not any(request.sampler.has_grammar for request in requests):
             return self._decode_plainly(requests)
-        started = time.perf_counter()
-        drafts = self._drafts(requests)
-        for request, drafted in zip(requests, drafts, strict=True):
-            if not drafted:
-                request.sampler.prepare(request.token_ids)
+        started, drafts = time.perf_counter(), self._drafts(requests)
+        for request in [each for each, drafted in zip(requests, drafts, strict=True) if not drafted]:
+            request.sampler.prepare(request.token_ids)
         if any(drafts):
             self._verify(requests, drafts)
         else:
@@ -280,10 +279,11 @@ class Scheduler:
                 self._remember(request)
                 self._engine.kv_cache.close(request.sequence)
                 request.sequence = None
-            self._forget_drafts(request)
+            self._let_go(request)
             self._running.remove(request)
 
-    def _forget_drafts(self, request: Request) -> None:
+    def _let_go(self, request: Request) -> None:
+        request.sampler.let_go()
         if self.speculator is not None:
             self.speculator.forget(request)
 

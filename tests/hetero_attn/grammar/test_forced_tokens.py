@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from hetero_attn.serving import grammar
-from hetero_attn.serving.grammar import TokenMask
+from hetero_attn.serving.draws import token_mask
+from hetero_attn.serving.draws.token_mask import TokenMask
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.speculation.speculator import make_speculator
 from tests.support.answers import same_answers
@@ -101,7 +101,7 @@ def test_a_mask_that_takes_long_is_found_out_while_the_step_is_computed(exact, m
     def generated(answer, ahead_s):
         log.clear()
         monkeypatch.setattr(TokenMask, "which", answer)
-        monkeypatch.setattr(grammar, "AHEAD_S", ahead_s)
+        monkeypatch.setattr(token_mask, "AHEAD_S", ahead_s)
         outputs = exact.generate(["A thing:"] * 2, params)
         return outputs, Counter(log)
 
@@ -147,7 +147,7 @@ def test_a_seed_gives_the_same_answer_however_it_is_computed(exact, monkeypatch,
 
 
 def test_what_was_found_out_ahead_is_left_where_the_answer_goes_elsewhere(grammars, tokenizer, monkeypatch):
-    monkeypatch.setattr(grammar, "AHEAD_S", 0.0)
+    monkeypatch.setattr(token_mask, "AHEAD_S", 0.0)
     params, ids = (
         SamplingParams(json_schema=PERSON),
         tokenizer.encode('{"name": "Ada", "age": 36', add_special_tokens=False),

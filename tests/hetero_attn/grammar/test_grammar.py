@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,56 @@ def test_what_was_compiled_is_kept_and_bounded(tokenizer, monkeypatch):
         grammars.mask(SamplingParams(regex=f"a{{{number + 1}}}"))
 
     assert len(grammars._compiled) == 3
+
+
+class WatchedMatcher:
+    """A matcher of llguidance's, and so are its copies, of which `held` knows those that are still held."""
+
+    def __init__(self, matcher, held):
+        self._matcher, self._held = matcher, held
+        held.add(self)
+
+    def __getattr__(self, name):
+        return getattr(self._matcher, name)
+
+    def deep_copy(self):
+        return WatchedMatcher(self._matcher.deep_copy(), self._held)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """The matchers that anybody holds, of which one at a time is kept for others."""
+    found, compiled = weakref.WeakSet(), Grammars._compile
+    monkeypatch.setattr("hetero_attn.serving.grammar.MOST_COMPILED", 1)
+    monkeypatch.setattr(Grammars, "_compile", lambda self, *wanted: WatchedMatcher(compiled(self, *wanted), found))
+    return found
+
+
+def test_requests_that_wait_hold_no_grammar(tokenizer, held):
+    """256 of them held 100 MB each."""
+    grammars = Grammars(tokenizer, 4096, tokenizer.eos_token_ids)
+    masks = [grammars.mask(SamplingParams(regex=f"{letter}{{3}}")) for letter in "abcd"]
+    waiting = len(held)
+    first = [mask.allowed([]) for mask in masks]
+    running = len(held)
+    for mask in masks:
+        mask.let_go()
+
+    assert (waiting, running, len(held)) == (1, 5, 1)
+    assert all(torch.equal(mask.allowed([]), allowed) for mask, allowed in zip(masks, first, strict=True))
+
+
+def test_a_grammar_is_held_from_a_place_to_the_end_of_the_answer(held):
+    """And what had to be compiled again is followed from where the answer stands."""
+    with load_tiny(batch=2) as llm:
+        words = ["list", "tuple", "string", "number"]
+        requests = [llm.add("A", SamplingParams(regex=f"{word}( {word}){{3}}", temperature=0.0)) for word in words]
+        most = 0
+        while llm.step():
+            most = max(most, len(held))
+
+        assert [request.text for request in requests] == [" ".join([word] * 4) for word in words]
+        assert most == 3 and len(held) == 1
 
 
 def test_what_cannot_be_followed_to_its_end_is_not_kept(tokenizer):
