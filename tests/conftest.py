@@ -10,10 +10,10 @@ import torch
 
 from cpu_kernels.ahead.builders import build_all
 from placement.program.program import Program
-from tests.support.covering import leave_out_the_rest
-from tests.support.extras import MISSING_OF_SERVER
-from tests.support.replayed import suite_lines
-from tests.support.solved import answers_once
+from tests.support.planning.solved import answers_once
+from tests.support.server.replayed import suite_lines
+from tests.support.suite.covering import leave_out_the_rest
+from tests.support.suite.extras import MISSING_OF_SERVER
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tensors of tests are tiny: the threads of torch's pool only wait for each other, and spin on the cores meanwhile. The
@@ -103,7 +103,7 @@ def _programs_are_solved_once() -> Iterator[None]:
 def tokenizer():
     """That of the shipped model."""
     from hetero_attn.serving.text.tokenizer import Tokenizer
-    from tests.support.http_server import TINY
+    from tests.support.server.http_server import TINY
 
     return Tokenizer.open(TINY)
 

@@ -7,7 +7,7 @@ import pytest
 
 from cpu_kernels import CpuKernels
 from cpu_kernels.team.store import build_key
-from tests.support.kernel_stores import norm
+from tests.support.kernels.kernel_stores import norm
 
 
 @pytest.fixture(scope="session")

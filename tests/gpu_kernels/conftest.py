@@ -15,7 +15,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
-    from tests.support import interpreter
+    from tests.support.gpu import interpreter
 
     interpreter.install()
 

@@ -28,7 +28,7 @@ from gpu_kernels import kv_pages, reference
 from gpu_kernels.attention import prefill as prefill_op
 from gpu_kernels.attention import tiles
 from gpu_kernels.experts.ordered import WHOLE_FORMS
-from tests.support.ahead_of_time import SHARED_MEMORY_LIMIT, Resources, compile_launches, compile_together
+from tests.support.gpu.ahead_of_time import SHARED_MEMORY_LIMIT, Resources, compile_launches, compile_together
 
 HIDDEN, HEADS, KV_HEADS, PAGE = 4096, 32, 8, 16
 BF16, FP32, Q8, Q4 = torch.bfloat16, torch.float32, torch.int8, torch.uint8

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.quick_python import quick_python
+from tests.support.processes.quick_python import quick_python
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 

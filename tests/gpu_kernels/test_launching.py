@@ -20,7 +20,7 @@ from triton import knobs
 from gpu_kernels import elementwise, linear_layer, reference
 from gpu_kernels.attention.merge import merge
 from gpu_kernels.launching import Kernel, Shape
-from tests.support.silent_triton import silent_triton
+from tests.support.gpu.silent_triton import silent_triton
 
 FUNCTION, ARGUMENTS = 4, 9  # of what a launcher is given: the handle, and where the kernel's own arguments begin
 ARCHITECTURE = 90

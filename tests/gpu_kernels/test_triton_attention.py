@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cpu_kernels.contract import ChunkKeys, Pages, Partial, RowKeys
-from tests.support import kernel_checks as checks
+from tests.support.kernels import kernel_checks as checks
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 

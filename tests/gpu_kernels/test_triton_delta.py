@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cpu_kernels.contract import DeltaStates
-from tests.support.cpu_oracles import kernels, nmse
-from tests.support.delta_cases import (
+from tests.support.kernels.cpu_oracles import kernels, nmse
+from tests.support.kernels.delta_cases import (
     EXACT,
     PUBLISHED,
     SHAPES,

@@ -12,15 +12,15 @@ from cpu_kernels.formats import GGUF_TYPES
 from gpu_kernels import reference
 from gpu_kernels.experts import routing
 from gpu_kernels.experts.ordered import WHOLE_FORMS
-from tests.support.cpu_oracles import kernels
-from tests.support.gguf_data import random_rows, repacked
-from tests.support.int4_data import packed as packed_groups
-from tests.support.int4_data import random_groups
-from tests.support.kernel_checks import Guarded
-from tests.support.kernel_data import packed_weight
-from tests.support.moe import routed
-from tests.support.scaled_data import KINDS, random_blocks
-from tests.support.scaled_data import packed as packed_blocks
+from tests.support.kernels.cpu_oracles import kernels
+from tests.support.kernels.kernel_checks import Guarded
+from tests.support.kernels.kernel_data import packed_weight
+from tests.support.models.gguf_data import random_rows, repacked
+from tests.support.models.moe import routed
+from tests.support.quantised.int4_data import packed as packed_groups
+from tests.support.quantised.int4_data import random_groups
+from tests.support.quantised.scaled_data import KINDS, random_blocks
+from tests.support.quantised.scaled_data import packed as packed_blocks
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 
@@ -28,7 +28,7 @@ from gpu_kernels import elementwise
 from gpu_kernels.experts import whole_kernel
 from gpu_kernels.experts.expert_linear import expert_linear
 from gpu_kernels.small import clamped
-from tests.support.watched_loads import watched_loads
+from tests.support.gpu.watched_loads import watched_loads
 
 EXPERTS, BLOCKS = 6, 3
 OTHERS = {"fp32": 1e-11, "fp16": 1e-11, "bf16": 1e-11}

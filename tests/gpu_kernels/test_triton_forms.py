@@ -6,11 +6,11 @@ import torch
 from gpu_kernels import linear_layer, reference
 from gpu_kernels.forms.dequantize import dequantize_form
 from gpu_kernels.forms.unpack import FORMS
-from tests.support.cpu_oracles import kernels
-from tests.support.gguf_data import CODED, random_rows, repacked
-from tests.support.int4_data import BITS_AND_GROUPS, packed, random_groups
-from tests.support.scaled_data import KINDS, random_blocks
-from tests.support.scaled_data import packed as packed_blocks
+from tests.support.kernels.cpu_oracles import kernels
+from tests.support.models.gguf_data import CODED, random_rows, repacked
+from tests.support.quantised.int4_data import BITS_AND_GROUPS, packed, random_groups
+from tests.support.quantised.scaled_data import KINDS, random_blocks
+from tests.support.quantised.scaled_data import packed as packed_blocks
 
 by_form = pytest.mark.parametrize("kind", [kind for kind in CODED if kind.format in FORMS], ids=lambda kind: kind.name)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cpu_kernels.contract import ChunkKeys, Pages, Partial, Rotation, RowKeys
-from tests.support import planted
-from tests.support.code_pages import DTYPES, HEAD_DIMS, check_rope_append
-from tests.support.kernel_data import lse_error, nmse, normal
+from tests.support.kernels.code_pages import DTYPES, HEAD_DIMS, check_rope_append
+from tests.support.kernels.kernel_data import lse_error, nmse, normal
+from tests.support.planted import planted
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from placement.cost import terms as op_cost
-from tests.support import kernel_checks as checks
-from tests.support.kernel_data import normal, packed_weight
+from tests.support.kernels import kernel_checks as checks
+from tests.support.kernels.kernel_data import normal, packed_weight
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 

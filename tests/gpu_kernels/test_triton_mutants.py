@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import planted
-from tests.support.covering import one_of_each
+from tests.support.planted import planted
+from tests.support.suite.covering import one_of_each
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on x86-64 Linux)")
 

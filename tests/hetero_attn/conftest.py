@@ -4,7 +4,7 @@ import pytest
 
 import hetero_attn
 from placement import HardwareProfile
-from tests.support.command import FakeLLM
+from tests.support.processes.command import FakeLLM
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from placement.cost.objective import MODEL_ERROR, objective_s, reference_calls, 
 from placement.explain.comparisons import gains
 from placement.explain.explain import explain
 from placement.solve.formulation import Formulation
-from tests.support.best_plans import (
+from tests.support.planning.best_plans import (
     CHECKS,
     GIB,
     MATRIX,
@@ -27,8 +27,8 @@ from tests.support.best_plans import (
     judged,
     plan_of,
 )
-from tests.support.names import case_name
-from tests.support.plan_matrix import faults_by_case, walk
+from tests.support.planning.plan_matrix import faults_by_case, walk
+from tests.support.suite.names import case_name
 
 DRAWN = [
     pytest.param(each, marks=() if place < 3 else pytest.mark.matrix) for place, each in enumerate(drawn(6, seed=14))

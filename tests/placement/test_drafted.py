@@ -16,8 +16,8 @@ from placement.plan.drafting import Drafting, Guesses
 from placement.plan.heat import ExpertHeat, distinct_experts
 from placement.solve.make_plan import plan_requested
 from placement.solve.request import requested
-from tests.support.exhaustive import every_placement
-from tests.support.planning_models import linear, llama_8b, random_machine, random_workload, tiny
+from tests.support.planning.exhaustive import every_placement
+from tests.support.planning.planning_models import linear, llama_8b, random_machine, random_workload, tiny
 
 SLOTS = 2
 POLICY = Policy(staging_slots=SLOTS)

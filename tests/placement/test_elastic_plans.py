@@ -7,7 +7,7 @@ import pytest
 from placement import BudgetError, HardwareProfile, Policy, make_plan
 from placement.adapt import elastic
 from placement.adapt.elastic import decode_s, plan_for_budget, plan_for_context
-from tests.support.planning_models import decoder
+from tests.support.planning.planning_models import decoder
 
 MACHINE = HardwareProfile.named("rtx4090-ddr5")
 SLOW_ATTENTION = replace(MACHINE, cpu_attention_bytes_per_s=MACHINE.cpu_attention_bytes_per_s / 4)

@@ -13,7 +13,7 @@ from placement.explain.explain import budget_curve, explain
 from placement.machine.rates import AttentionRate
 from placement.solve.make_plan import plan_with_alternatives
 from placement.solve.request import requested
-from tests.support.planning_models import llama_8b, tiny, with_row_cuts
+from tests.support.planning.planning_models import llama_8b, tiny, with_row_cuts
 
 EMULATED = HardwareProfile.named("emulated")
 

@@ -214,7 +214,7 @@ def test_work_that_copies_do_not_disturb_is_not_sped_up():
 
 def test_a_plan_uses_the_measured_gpu(small_buffers):
     from placement import Policy, make_plan
-    from tests.support.planning_models import llama_8b
+    from tests.support.planning.planning_models import llama_8b
 
     gpu = FakeGpu()
     profile = measure_gpu(gpu, HardwareProfile.named("generic-cpu"), ops=FakeKernels(gpu))

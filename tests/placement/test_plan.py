@@ -19,7 +19,7 @@ from placement import (
 from placement.plan.memory import kv_dram_bytes, kv_gpu_bytes, memory_report, staging_slot_bytes
 from placement.plan.plan import Means, build_plan
 from placement.plan.rows import plan_rows
-from tests.support.planning_models import linear, tiny
+from tests.support.planning.planning_models import linear, tiny
 
 EMULATED = HardwareProfile.named("emulated")
 ALL = (0,) * NUM_ROW_TIERS

@@ -13,8 +13,8 @@ from placement.plan.workload import NUM_ROW_TIERS
 from placement.solve.formulation import formulation
 from placement.solve.make_plan import problem_of
 from placement.solve.request import requested
-from tests.support.exhaustive import every_placement
-from tests.support.planning_models import linear, llama_8b, llama_70b, random_machine, random_workload, tiny
+from tests.support.planning.exhaustive import every_placement
+from tests.support.planning.planning_models import linear, llama_8b, llama_70b, random_machine, random_workload, tiny
 
 EMULATED = HardwareProfile.named("emulated")
 LANES = ("gpu", "stream", "cpu")

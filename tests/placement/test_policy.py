@@ -8,7 +8,7 @@ from placement import HardwareProfile, Policy, PolicyError, make_plan, policy_sc
 from placement.plan.units import format_bytes, parse_bytes
 from placement.policy.bind import bind, matches
 from placement.policy.fields import Share, parse_share
-from tests.support.planning_models import tiny
+from tests.support.planning.planning_models import tiny
 
 EMULATED = HardwareProfile.named("emulated")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from placement.program.program import Program
-from tests.support.solved import Solved
+from tests.support.planning.solved import Solved
 
 
 def program(bound: float, cost: float = -1.0) -> Program:

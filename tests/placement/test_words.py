@@ -8,7 +8,7 @@ from placement import HardwareProfile, Policy, make_plan
 from placement.explain.explain import explain
 from placement.plan.table import opening_lines
 from placement.plan.words import wrapped
-from tests.support.planning_models import decoder, llama_8b, with_row_cuts
+from tests.support.planning.planning_models import decoder, llama_8b, with_row_cuts
 
 SHAPE = {"layers": 126, "hidden": 16384, "intermediate": 53248, "heads": 128, "kv_heads": 8, "head_dim": 128}
 WIDEST = with_row_cuts(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.extras import MISSING_OF_SERVER
+from tests.support.suite.extras import MISSING_OF_SERVER
 
 collect_ignore_glob = ["test_*.py"] if MISSING_OF_SERVER else []
 
@@ -12,7 +12,7 @@ collect_ignore_glob = ["test_*.py"] if MISSING_OF_SERVER else []
 @pytest.fixture(scope="package")
 def server() -> Iterator:
     """A `RunningServer` of the shipped model."""
-    from tests.support.http_server import RunningServer
+    from tests.support.server.http_server import RunningServer
 
     with RunningServer() as running:
         yield running
@@ -30,8 +30,8 @@ def http(server) -> Iterator:
 @pytest.fixture(scope="package")
 def tooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     """A server of a model whose template knows tools and thinking."""
-    from tests.support.http_server import RunningServer
-    from tests.support.scripted import load_with, model_with
+    from tests.support.server.http_server import RunningServer
+    from tests.support.server.scripted import load_with, model_with
 
     folder = model_with(tmp_path_factory.mktemp("model") / "tooled")
     with RunningServer(lambda: load_with(folder, context=1024)) as running:

@@ -8,7 +8,7 @@ import torch
 
 from hetero_attn.serving.sampling_params import SamplingParams
 from tests.server.test_lifecycle import gauges
-from tests.support.names import case_name
+from tests.support.suite.names import case_name
 
 QUESTION = [{"role": "user", "content": "What is a list?"}]
 

@@ -15,7 +15,7 @@ from hetero_attn.server.dialogue.thoughts import thought_tokens
 from hetero_attn.server.dialogue.tools import tools_of
 from hetero_attn.server.failures import ApiError
 from hetero_attn.serving.text.tokenizer import Tokenizer
-from tests.support.http_server import TINY
+from tests.support.server.http_server import TINY
 
 WEATHER = {
     "name": "get_weather",

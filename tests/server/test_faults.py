@@ -293,7 +293,7 @@ def test_a_text_cut_anywhere_by_the_socket_arrives_whole(http, server):
 
 
 def test_a_slow_body_is_given_up():
-    from tests.support.http_server import RunningServer
+    from tests.support.server.http_server import RunningServer
 
     with RunningServer(body_s=0.3) as server, socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
@@ -301,7 +301,7 @@ def test_a_slow_body_is_given_up():
 
 
 def test_a_slow_head_is_given_up(monkeypatch):
-    from tests.support.http_server import RunningServer
+    from tests.support.server.http_server import RunningServer
 
     monkeypatch.setattr("hetero_attn.server.connection.HEAD_S", 0.3)
     with RunningServer() as server, socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:

@@ -19,7 +19,7 @@ from hetero_attn.server.protocols.openai import OpenAIWriter
 from hetero_attn.server.protocols.responses_events import ResponseWriter
 from hetero_attn.serving.sampling_params import SamplingParams
 from tests.server.test_lifecycle import LONG, MESSAGES, at_rest, raw, read_until
-from tests.support.http_server import READY_S, RunningServer
+from tests.support.server.http_server import READY_S, RunningServer
 
 
 @contextmanager

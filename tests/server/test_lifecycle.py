@@ -15,9 +15,9 @@ import pytest
 
 from hetero_attn.errors import ArgumentError, EngineDeadError
 from hetero_attn.server.settings import ServerSettings
-from tests.support.command import ROOT, run
-from tests.support.http_server import TINY, RunningServer, await_health, free_port, load_tiny
-from tests.support.quick_python import quick_python
+from tests.support.processes.command import ROOT, run
+from tests.support.processes.quick_python import quick_python
+from tests.support.server.http_server import TINY, RunningServer, await_health, free_port, load_tiny
 
 MESSAGES = [{"role": "user", "content": "What is a list?"}]
 LONG = {"messages": MESSAGES, "max_tokens": 400, "ignore_eos": True, "temperature": 0}

@@ -18,8 +18,8 @@ import pytest
 from hetero_attn.server import driver
 from placement import Policy
 from tests.server.test_lifecycle import LONG, at_rest, gauges, is_empty, raw, read_until
-from tests.support.http_server import TINY, RunningServer, await_health, free_port, load_tiny
-from tests.support.quick_python import quick_python
+from tests.support.processes.quick_python import quick_python
+from tests.support.server.http_server import TINY, RunningServer, await_health, free_port, load_tiny
 
 MIB = 1 << 20
 
@@ -241,7 +241,7 @@ def test_a_second_signal_ends_at_once(step_s):
 def crowd(server: RunningServer, clients: int) -> list[tuple[int, float, int | None]]:
     """Status, seconds and `retry-after` of clients that ask at the same moment, from a process of their own."""
     body = json.dumps({"prompt": "A list is", "max_tokens": 8, "ignore_eos": True})
-    command = [sys.executable, "-m", "tests.support.crowd", str(server.port), str(clients), body]
+    command = [sys.executable, "-m", "tests.support.server.crowd", str(server.port), str(clients), body]
     told = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     return [tuple(each) for each in json.loads(told.stdout)]
 

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from hetero_attn.serving.sampling_params import SamplingParams
-from tests.support.scripted import saying
+from tests.support.server.scripted import saying
 
 QUESTION = "What is a list?"
 USER = [{"role": "user", "content": QUESTION}]

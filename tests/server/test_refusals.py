@@ -24,7 +24,7 @@ from hetero_attn.server.connection import PatientConnection, plain_post
 from hetero_attn.server.driver import State
 from hetero_attn.server.service import Service
 from hetero_attn.server.settings import ServerSettings
-from tests.support.http_server import RunningServer, load_tiny
+from tests.support.server.http_server import RunningServer, load_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -223,7 +223,7 @@ def _asked(sock: socket.socket, *parts: bytes) -> bytes:
 FIRST = """
 import json, sys, threading
 import httpx
-from tests.support.http_server import RunningServer, load_tiny
+from tests.support.server.http_server import RunningServer, load_tiny
 talk = [{"role": "user", "content": "Hi"}]
 asked = [
     ("/v1/completions", {"prompt": "A", "max_tokens": 2}),

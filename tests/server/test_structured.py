@@ -18,7 +18,7 @@ from hetero_attn.serving.text.tokenizer import Tokenizer
 from hetero_attn.speculation.speculator import Speculator
 from tests.server.test_dialogue import answer_of
 from tests.server.test_lifecycle import gauges
-from tests.support.http_server import TINY
+from tests.support.server.http_server import TINY
 
 pytest.importorskip("llguidance", reason="llguidance is not installed (extra grammar)")
 USER = [{"role": "user", "content": "What is a list?"}]

@@ -16,8 +16,8 @@ from hetero_attn.serving.text.tokenizer import Tokenizer
 from tests.server.replayed.test_vllm_tool_parsers import CASES
 from tests.server.replayed.test_vllm_tool_parsers import TOOLS as STATE_TOOLS
 from tests.server.test_dialogue import BROKEN, CITY, JSON_CALL, MARKS, TOOLS, WHOLE, cuts, meaning
-from tests.support.http_server import RunningServer
-from tests.support.scripted import TEMPLATE, load_with, model_with, saying
+from tests.support.server.http_server import RunningServer
+from tests.support.server.scripted import TEMPLATE, load_with, model_with, saying
 
 pytest.importorskip("transformers.utils.chat_parsing", reason="this release of transformers has no response parser")
 THINK = {"open": "<think>", "close": "</think>"}

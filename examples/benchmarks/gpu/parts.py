@@ -17,9 +17,9 @@ from .sanity import full_queue, hops, kernels, toy_model
 
 ROOT = Path(__file__).resolve().parents[3]
 GPU_TESTS = (
-    "test_cuda_lanes.py",
-    "test_cuda_models.py",
-    "test_cuda_graph.py",
+    "cuda/test_cuda_lanes.py",
+    "cuda/test_cuda_models.py",
+    "cuda/test_cuda_graph.py",
     "test_triton_attention.py",
     "test_triton_linear.py",
 )

@@ -32,7 +32,7 @@ SHARED = 'rules:\n  - {match: "layers.*.kv", kv: {gpu_heads: 1}}\n  - {match: "*
 def kernels(run: Run) -> dict[str, Any]:
     """Every op once against float64, in the shapes of a large model; raises once all have run if any was wrong."""
     sys.path.insert(0, str(ROOT))
-    from tests.support import kernel_checks as checks
+    from tests.support.kernels import kernel_checks as checks
 
     device, ops = tensor_device(run)
     bf16, dense = torch.bfloat16, checks.DENSE_NMSE

@@ -29,9 +29,9 @@ from ending import ended
 
 from hetero_attn import LLM
 from placement.machine.fingerprint import cpu_name
-from tests.support.delta_gguf import ARCHITECTURES, delta_gguf
-from tests.support.gemma4_gguf import ARCHITECTURE, gemma4_gguf
-from tests.support.moe import GGUF_KEYS, moe_gguf, moe_logits
+from tests.support.models.delta_gguf import ARCHITECTURES, delta_gguf
+from tests.support.models.gemma4_gguf import ARCHITECTURE, gemma4_gguf
+from tests.support.models.moe import GGUF_KEYS, moe_gguf, moe_logits
 
 TOKENS = 40
 FIRST_TOKEN, VOCAB = 3, 290  # control tokens are no text

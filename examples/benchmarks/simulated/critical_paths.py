@@ -25,8 +25,8 @@ from hetero_attn.tools.timeline.recording_driver import RecordingDriver
 from hetero_attn.tools.timeline.simulate import Simulation, Timeline
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Means, build_plan
-from tests.support.older_queueing import request_behind_wait, rounded_apart
-from tests.support.recorded_runs import first_run, llama_8b, llama_8b_config, recorded_runs
+from tests.support.gpu.older_queueing import request_behind_wait, rounded_apart
+from tests.support.planning.recorded_runs import first_run, llama_8b, llama_8b_config, recorded_runs
 
 CONTEXT = 990
 

@@ -34,9 +34,9 @@ from hetero_attn.spec.config import ModelConfig
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Means, Plan, build_plan
 from placement.plan.workload import row_tier
-from tests.support.runtime import toy_workload, uniform_plan
-from tests.support.silent_triton import Launches, silent_triton
-from tests.support.toy import make_checkpoint
+from tests.support.gpu.silent_triton import Launches, silent_triton
+from tests.support.models.runtime import toy_workload, uniform_plan
+from tests.support.models.toy import make_checkpoint
 
 ARCHITECTURE = 90
 LAYERS = 4

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from gpu_kernels.attention import decode, prefill
-from tests.support import kernel_checks as checks
+from tests.support.kernels import kernel_checks as checks
 
 DECODE = partial(
     checks.check_decode,

@@ -7,7 +7,7 @@ from functools import partial
 from gpu_kernels import linear_layer
 from gpu_kernels.linear_layer import linear
 from tests.gpu_kernels.mutants.linear import FLAT_Q4, FLAT_Q8, GEMV_Q4
-from tests.support import kernel_checks as checks
+from tests.support.kernels import kernel_checks as checks
 
 DENSE_Q4 = partial(
     checks.check_linear,

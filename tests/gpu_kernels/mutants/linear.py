@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from gpu_kernels import activation
-from tests.support import kernel_checks as checks
+from tests.support.kernels import kernel_checks as checks
 
 
 def tiled(multiply, weight_dtype):

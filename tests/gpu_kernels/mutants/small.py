@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-from tests.support import kernel_checks as checks
-from tests.support.code_pages import check_rope_append
-from tests.support.delta_cases import Shape, check_delta_step, check_drafts
+from tests.support.kernels import kernel_checks as checks
+from tests.support.kernels.code_pages import check_rope_append
+from tests.support.kernels.delta_cases import Shape, check_delta_step, check_drafts
 
 RMS_NORM = partial(checks.check_rms_norm, device="cpu", rows=2, hidden=100)
 SILU_MUL = partial(checks.check_silu_mul, device="cpu", rows=2, units=3)

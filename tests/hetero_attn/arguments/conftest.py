@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from hetero_attn import LLM
-from tests.support.toy import make_checkpoint
-from tests.support.wishes import OPTIONS
+from tests.support.models.toy import make_checkpoint
+from tests.support.planning.wishes import OPTIONS
 
 
 @pytest.fixture(scope="module")

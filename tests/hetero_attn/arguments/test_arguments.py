@@ -32,10 +32,10 @@ from hetero_attn.cli import app
 from hetero_attn.errors import ArgumentError, ConfigError, HeteroError, PromptError, SamplingError
 from hetero_attn.serving.prompts import as_prompts
 from placement import PolicyError
-from tests.support.command import TINY
-from tests.support.names import case_name
-from tests.support.toy import edit_json
-from tests.support.wishes import GREEDY, OPTIONS
+from tests.support.models.toy import edit_json
+from tests.support.planning.wishes import GREEDY, OPTIONS
+from tests.support.processes.command import TINY
+from tests.support.suite.names import case_name
 
 ONE_PROMPT = {
     "list": [5, 6, 7],

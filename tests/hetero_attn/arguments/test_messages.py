@@ -8,8 +8,8 @@ from hetero_attn import LLM
 from hetero_attn.errors import PromptError
 from hetero_attn.serving.prompts import as_messages
 from hetero_attn.serving.text.tokenizer import Tokenizer
-from tests.support.toy import make_checkpoint
-from tests.support.wishes import GREEDY, OPTIONS
+from tests.support.models.toy import make_checkpoint
+from tests.support.planning.wishes import GREEDY, OPTIONS
 
 CONTENTS = {
     "text": ("hello", "hello"),

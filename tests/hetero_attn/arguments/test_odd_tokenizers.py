@@ -12,8 +12,8 @@ from hetero_attn.engine.build import build_engine
 from hetero_attn.errors import ConfigError, PromptError
 from hetero_attn.serving.text.opening import open_beside, watch_opening
 from hetero_attn.serving.text.tokenizer import Tokenizer
-from tests.support.toy import make_checkpoint
-from tests.support.wishes import GREEDY, OPTIONS
+from tests.support.models.toy import make_checkpoint
+from tests.support.planning.wishes import GREEDY, OPTIONS
 
 
 def spoil_too_large_id(path):

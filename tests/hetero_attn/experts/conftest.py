@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.moe import FAMILIES, make_moe
+from tests.support.models.moe import FAMILIES, make_moe
 
 
 @pytest.fixture(scope="session")

@@ -18,16 +18,16 @@ from hetero_attn.spec.experts_config import gguf_experts
 from hetero_attn.spec.tensor_names import expert_tensor
 from hetero_attn.spec.weight_formats import WeightFormats
 from hetero_attn.spec.workload import Sizes, build_workload
-from tests.support.expert_logits import EXACT, TOKENS, logits_of
-from tests.support.moe import FAMILIES, fused, make_moe, moe_gguf, moe_logits
-from tests.support.runtime import (
+from tests.support.models.expert_logits import EXACT, TOKENS, logits_of
+from tests.support.models.moe import FAMILIES, fused, make_moe, moe_gguf, moe_logits
+from tests.support.models.runtime import (
     cpu_plan,
     nmse,
     toy_workload,
     uniform_plan,
 )
-from tests.support.scaled_models import fp8_blocks
-from tests.support.toy import edit_json
+from tests.support.models.toy import edit_json
+from tests.support.quantised.scaled_models import fp8_blocks
 
 
 def test_experts_of_one_layer_in_several_formats_are_refused_by_name(checkpoints):

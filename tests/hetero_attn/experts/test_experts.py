@@ -9,12 +9,11 @@ from hetero_attn.models.decoder import decoder
 from hetero_attn.spec.config import ModelConfig
 from placement.plan.memory import KvPlacement, LinearPlacement
 from placement.plan.workload import NUM_ROW_TIERS
-from tests.support.cpu_oracles import kernels
-from tests.support.expert_logits import EXACT, TOKENS, logits_of
-from tests.support.fake_engine import fake_engine
-from tests.support.moe import FAMILIES, LEAST_GAP, make_moe, moe_gguf, moe_logits
-from tests.support.planted_experts import PITFALLS, Planted, planted_logits
-from tests.support.runtime import (
+from tests.support.gpu.fake_engine import fake_engine
+from tests.support.kernels.cpu_oracles import kernels
+from tests.support.models.expert_logits import EXACT, TOKENS, logits_of
+from tests.support.models.moe import FAMILIES, LEAST_GAP, make_moe, moe_gguf, moe_logits
+from tests.support.models.runtime import (
     cpu_plan,
     decoded_together,
     emulated_plan,
@@ -24,7 +23,8 @@ from tests.support.runtime import (
     toy_workload,
     uniform_plan,
 )
-from tests.support.toy import edit_json
+from tests.support.models.toy import edit_json
+from tests.support.planted.planted_experts import PITFALLS, Planted, planted_logits
 
 
 @pytest.mark.table

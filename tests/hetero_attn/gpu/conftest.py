@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from placement.plan.plan import Plan
-from tests.support.runtime import one_device_run, toy_workload, uniform_plan
-from tests.support.toy import make_checkpoint
+from tests.support.models.runtime import one_device_run, toy_workload, uniform_plan
+from tests.support.models.toy import make_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from hetero_attn.planning import choices as planning
 from placement import BudgetError, Policy, make_plan
 from placement.machine.hardware import HardwareProfile
 from placement.plan.memory import rounded_input_bytes
-from tests.support.recorded_runs import recorded_runs
-from tests.support.runtime import toy_workload
+from tests.support.models.runtime import toy_workload
+from tests.support.planning.recorded_runs import recorded_runs
 
 
 class OneGpu:

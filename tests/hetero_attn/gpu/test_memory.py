@@ -14,9 +14,9 @@ from hetero_attn.devices.cuda import CudaDriver
 from hetero_attn.devices.libcuda import CudaError, LibCuda
 from hetero_attn.devices.slab import ALIGN_BYTES, Slab
 from hetero_attn.errors import MemoryBudgetError
-from tests.support.fake_driver import fake_driver
-from tests.support.fake_engine import fake_engine
-from tests.support.runtime import emulated_plan, nmse, toy_workload, uniform_plan
+from tests.support.gpu.fake_driver import fake_driver
+from tests.support.gpu.fake_engine import fake_engine
+from tests.support.models.runtime import emulated_plan, nmse, toy_workload, uniform_plan
 
 
 def test_host_memory_is_aligned_and_alone_on_its_pages():

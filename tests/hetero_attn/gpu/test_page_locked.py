@@ -12,9 +12,9 @@ from hetero_attn.devices import Device
 from hetero_attn.engine import build as builder
 from hetero_attn.engine.engine import Engine
 from placement.plan.plan import Plan
-from tests.support.fake_driver import fake_driver
-from tests.support.fake_engine import fake_engine
-from tests.support.runtime import emulated_plan, nmse, run_logits, toy_workload, uniform_plan
+from tests.support.gpu.fake_driver import fake_driver
+from tests.support.gpu.fake_engine import fake_engine
+from tests.support.models.runtime import emulated_plan, nmse, run_logits, toy_workload, uniform_plan
 
 
 def test_weights_that_cannot_be_page_locked_are_said_once(run, plan):

@@ -17,9 +17,9 @@ from hetero_attn.lanes.staging import Piece
 from hetero_attn.ops.linear import LinearWeights
 from placement.plan.plan import Plan
 from placement.plan.workload import NUM_ROW_TIERS
-from tests.support.fake_engine import fake_engine
-from tests.support.runtime import emulated_plan, nmse, run_logits, toy_workload, uniform_plan
-from tests.support.toy import make_checkpoint
+from tests.support.gpu.fake_engine import fake_engine
+from tests.support.models.runtime import emulated_plan, nmse, run_logits, toy_workload, uniform_plan
+from tests.support.models.toy import make_checkpoint
 
 
 @pytest.mark.filterwarnings("ignore:the system refused")

@@ -11,9 +11,9 @@ from hetero_attn.serving.draws import token_mask
 from hetero_attn.serving.draws.token_mask import TokenMask
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.speculation.speculator import make_speculator
-from tests.support.answers import same_answers
-from tests.support.http_server import load_tiny
-from tests.support.schemas import PERSON
+from tests.support.server.http_server import load_tiny
+from tests.support.server.schemas import PERSON
+from tests.support.suite.answers import same_answers
 
 pytest.importorskip("llguidance", reason="llguidance is not installed (extra grammar)")
 

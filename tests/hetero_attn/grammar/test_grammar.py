@@ -14,9 +14,9 @@ from hetero_attn.errors import SamplingError
 from hetero_attn.serving import grammar
 from hetero_attn.serving.grammar import Grammars
 from hetero_attn.serving.sampling_params import SamplingParams
-from tests.support.http_server import load_tiny
-from tests.support.names import case_name
-from tests.support.schemas import PERSON
+from tests.support.server.http_server import load_tiny
+from tests.support.server.schemas import PERSON
+from tests.support.suite.names import case_name
 
 llguidance = pytest.importorskip("llguidance", reason="llguidance is not installed (extra grammar)")
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed (extra test-tools)")

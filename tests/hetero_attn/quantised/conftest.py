@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.support.int4_cases import INT4_CASES
-from tests.support.int4_models import make_int4
-from tests.support.scaled_cases import SCALED_CASES
-from tests.support.scaled_models import make_scaled
+from tests.support.quantised.int4_cases import INT4_CASES
+from tests.support.quantised.int4_models import make_int4
+from tests.support.quantised.scaled_cases import SCALED_CASES
+from tests.support.quantised.scaled_models import make_scaled
 
 
 @pytest.fixture(scope="session")

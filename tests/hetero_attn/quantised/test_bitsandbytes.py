@@ -6,10 +6,10 @@ from safetensors.torch import load_file, save_file
 
 from hetero_attn.checkpoints.loading.numbers import Numbers
 from hetero_attn.checkpoints.sources import open_source
-from tests.support.cpu_oracles import kernels
-from tests.support.int4_models import SHAPE, edit_config
-from tests.support.scaled_cases import BNB
-from tests.support.toy import make_checkpoint
+from tests.support.kernels.cpu_oracles import kernels
+from tests.support.models.toy import make_checkpoint
+from tests.support.quantised.int4_models import SHAPE, edit_config
+from tests.support.quantised.scaled_cases import BNB
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed (extra test-tools)")
 

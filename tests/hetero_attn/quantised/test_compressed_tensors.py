@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from hetero_attn.checkpoints.loading.numbers import Numbers
 from hetero_attn.checkpoints.sources import open_source
-from tests.support.cpu_oracles import kernels
-from tests.support.int4_models import SHAPE, edit_config
-from tests.support.toy import make_checkpoint
+from tests.support.kernels.cpu_oracles import kernels
+from tests.support.models.toy import make_checkpoint
+from tests.support.quantised.int4_models import SHAPE, edit_config
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (extra test-tools)")
 

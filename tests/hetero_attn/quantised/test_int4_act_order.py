@@ -8,8 +8,10 @@ import torch
 
 from hetero_attn import Policy
 from hetero_attn.planning.settle import plan_model
-from tests.support.int4_cases import gptq_v2
-from tests.support.int4_models import (
+from tests.support.models.runtime import nmse
+from tests.support.models.toy import hf_logits
+from tests.support.quantised.int4_cases import gptq_v2
+from tests.support.quantised.int4_models import (
     edit_tensors,
     gptq,
     gptq_config,
@@ -17,9 +19,7 @@ from tests.support.int4_models import (
     make_int4,
     words,
 )
-from tests.support.quantised_models import CUT, TOKENS, UP, logits
-from tests.support.runtime import nmse
-from tests.support.toy import hf_logits
+from tests.support.quantised.quantised_models import CUT, TOKENS, UP, logits
 
 
 def scatter(folder, linears, bits=4):

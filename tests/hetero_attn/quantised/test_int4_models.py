@@ -9,9 +9,11 @@ import torch
 from hetero_attn import Policy
 from hetero_attn.errors import CheckpointError, UnsupportedModelError
 from hetero_attn.planning.settle import plan_model
-from tests.support.int4_cases import INT4_CASES
-from tests.support.int4_data import random_groups
-from tests.support.int4_models import (
+from tests.support.models.runtime import nmse
+from tests.support.models.toy import hf_logits
+from tests.support.quantised.int4_cases import INT4_CASES
+from tests.support.quantised.int4_data import random_groups
+from tests.support.quantised.int4_models import (
     edit_config,
     edit_tensors,
     gptq,
@@ -19,9 +21,7 @@ from tests.support.int4_models import (
     gptq_of_8_bits,
     make_int4,
 )
-from tests.support.quantised_models import CUT, TOKENS, assert_lanes_agree, logits, one_other, replaced
-from tests.support.runtime import nmse
-from tests.support.toy import hf_logits
+from tests.support.quantised.quantised_models import CUT, TOKENS, assert_lanes_agree, logits, one_other, replaced
 
 
 @pytest.mark.parametrize("case", INT4_CASES)

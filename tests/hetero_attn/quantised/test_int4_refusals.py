@@ -7,14 +7,14 @@ import torch
 
 from hetero_attn.errors import CheckpointError, HeteroError, UnsupportedModelError
 from hetero_attn.planning.settle import plan_model
-from tests.support.int4_models import (
+from tests.support.quantised.int4_models import (
     awq_config,
     compressed_config,
     edit_config,
     edit_tensors,
     gptq_config,
 )
-from tests.support.quantised_models import UP, logits, one_other, replaced, without
+from tests.support.quantised.quantised_models import UP, logits, one_other, replaced, without
 
 
 def copy(int4_models, tmp_path, case):

@@ -7,12 +7,12 @@ from cpu_kernels.formats import format_of
 from hetero_attn.checkpoints.sources import open_source, read_config
 from hetero_attn.models.decoder import decoder
 from hetero_attn.planning.settle import plan_model
-from tests.support.cpu_oracles import kernels
-from tests.support.int4_models import edit_tensors
-from tests.support.quantised_models import assert_lanes_agree, logits
-from tests.support.runtime import nmse
-from tests.support.scaled_cases import SCALED_CASES, W8A8
-from tests.support.scaled_models import (
+from tests.support.kernels.cpu_oracles import kernels
+from tests.support.models.runtime import nmse
+from tests.support.quantised.int4_models import edit_tensors
+from tests.support.quantised.quantised_models import assert_lanes_agree, logits
+from tests.support.quantised.scaled_cases import SCALED_CASES, W8A8
+from tests.support.quantised.scaled_models import (
     int8_channel,
     make_scaled,
 )

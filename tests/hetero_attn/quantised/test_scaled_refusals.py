@@ -7,10 +7,10 @@ import torch
 
 from hetero_attn.errors import CheckpointError, HeteroError, UnsupportedModelError
 from hetero_attn.planning.settle import plan_model
-from tests.support.int4_models import edit_config, edit_tensors
-from tests.support.quantised_models import UP, added, first_of, logits, replaced, without
-from tests.support.scaled_cases import BLOCKS, BNB, SCALED_CASES, W8A8
-from tests.support.scaled_models import (
+from tests.support.quantised.int4_models import edit_config, edit_tensors
+from tests.support.quantised.quantised_models import UP, added, first_of, logits, replaced, without
+from tests.support.quantised.scaled_cases import BLOCKS, BNB, SCALED_CASES, W8A8
+from tests.support.quantised.scaled_models import (
     compressed_config,
 )
 

@@ -6,8 +6,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from hetero_attn.tools.quantize.write import quantize
-from tests.support.quantising import TINY
-from tests.support.toy import edit_json
+from tests.support.models.toy import edit_json
+from tests.support.quantised.quantising import TINY
 
 
 @pytest.fixture(scope="session")

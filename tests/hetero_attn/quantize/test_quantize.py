@@ -15,9 +15,9 @@ from hetero_attn.checkpoints.gguf.writer import NewTensor, write_gguf
 from hetero_attn.serving.text.tokenizer import Tokenizer
 from hetero_attn.tools.quantize.header.metadata import copied_metadata
 from hetero_attn.tools.quantize.write import quantize
-from tests.support.quantising import logits
-from tests.support.runtime import nmse
-from tests.support.toy import make_checkpoint, make_family_checkpoint
+from tests.support.models.runtime import nmse
+from tests.support.models.toy import make_checkpoint, make_family_checkpoint
+from tests.support.quantised.quantising import logits
 
 
 def test_a_written_file_is_the_same_model_with_the_same_tokenizer(halved, written):

@@ -7,7 +7,7 @@ from gguf import GGMLQuantizationType, quants
 
 from hetero_attn.tools.quantize.blocks import BLOCK_TYPES
 from hetero_attn.tools.quantize.encode import encode
-from tests.support.runtime import nmse
+from tests.support.models.runtime import nmse
 
 # Relative squared error of normal weights: what gguf's own quantiser has, or llama.cpp's of the types that it lacks.
 MOST_ERROR = {

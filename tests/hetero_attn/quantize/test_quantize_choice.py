@@ -15,8 +15,8 @@ from hetero_attn.tools.quantize.choose import RECIPES, Loss, as_large_as, bits_o
 from hetero_attn.tools.quantize.expected import expected_losses
 from hetero_attn.tools.quantize.table import kept_table
 from hetero_attn.tools.quantize.write import quantize
-from tests.support.quantising import TINY, logits, run
-from tests.support.toy import make_checkpoint
+from tests.support.models.toy import make_checkpoint
+from tests.support.quantised.quantising import TINY, logits, run
 
 
 def test_by_bits_every_linear_is_measured_and_the_file_keeps_the_table(halved, tmp_path):

@@ -8,9 +8,9 @@ from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.errors import UnsupportedModelError
 from hetero_attn.tools.quantize.table import kept_table
 from hetero_attn.tools.quantize.write import quantize
-from tests.support.moe import make_moe, moe_gguf
-from tests.support.runtime import nmse
-from tests.support.toy import save_tokenizer
+from tests.support.models.moe import make_moe, moe_gguf
+from tests.support.models.runtime import nmse
+from tests.support.models.toy import save_tokenizer
 
 TOKENS = torch.randint(3, 300, (24,), generator=torch.Generator().manual_seed(2)).tolist()
 WIDTHS = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32}

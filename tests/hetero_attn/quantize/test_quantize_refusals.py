@@ -10,8 +10,8 @@ from hetero_attn.checkpoints.gguf.file import GgufFile
 from hetero_attn.checkpoints.gguf.writer import NewTensor, write_gguf
 from hetero_attn.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from hetero_attn.tools.quantize.write import quantize
-from tests.support.quantising import TINY, run
-from tests.support.toy import make_checkpoint
+from tests.support.models.toy import make_checkpoint
+from tests.support.quantised.quantising import TINY, run
 
 
 def test_what_a_file_cannot_say_is_refused_by_name(tmp_path):

@@ -10,8 +10,8 @@ from hetero_attn import LLM
 from hetero_attn.tools.quantize.encode import encode, held
 from hetero_attn.tools.quantize.layer_runs import cut, layer_runs
 from hetero_attn.tools.quantize.sensitivity import losses
-from tests.support.runtime import nmse
-from tests.support.toy import make_checkpoint, make_family_checkpoint
+from tests.support.models.runtime import nmse
+from tests.support.models.toy import make_checkpoint, make_family_checkpoint
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 TOKENS = 96

@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from tests.support.toy import make_checkpoint
-from tests.support.turns import DEVICES, PROMPTS, greedy, load
+from tests.support.models.toy import make_checkpoint
+from tests.support.models.turns import DEVICES, PROMPTS, greedy, load
 
 
 @pytest.fixture(scope="module")

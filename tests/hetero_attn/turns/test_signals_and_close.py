@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from hetero_attn.errors import EngineDeadError
-from tests.support.turns import PROMPTS, during_a_step, greedy, is_at_rest, joined, load
+from tests.support.models.turns import PROMPTS, during_a_step, greedy, is_at_rest, joined, load
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("emulated", marks=pytest.mark.matrix)], indirect=True)

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from hetero_attn.serving.scheduling import turns
-from tests.support.turns import PROMPTS, greedy, is_at_rest
+from tests.support.models.turns import PROMPTS, greedy, is_at_rest
 
 
 @pytest.fixture

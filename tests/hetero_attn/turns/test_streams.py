@@ -9,8 +9,8 @@ import pytest
 from hypothesis import strategies as st
 
 from hetero_attn.errors import BusyError, MemoryBudgetError
-from tests.support.few_examples import drawn
-from tests.support.turns import PROMPTS, during_a_step, greedy, is_at_rest, joined
+from tests.support.models.turns import PROMPTS, during_a_step, greedy, is_at_rest, joined
+from tests.support.suite.few_examples import drawn
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

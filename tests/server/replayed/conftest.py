@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support.extras import MISSING_OF_SERVER
+from tests.support.suite.extras import MISSING_OF_SERVER
 
 collect_ignore_glob = ["test_*.py"] if MISSING_OF_SERVER else []
 KEY = "the-key"
@@ -32,8 +32,8 @@ def replay(tooled, guarded) -> Iterator[Callable]:
     """Sends a case and checks what comes back."""
     import httpx
 
-    from tests.support.replayed import Case, Reply
-    from tests.support.scripted import saying
+    from tests.support.server.replayed import Case, Reply
+    from tests.support.server.scripted import saying
 
     def ask(case: Case) -> Reply:
         headers = dict(case.headers)

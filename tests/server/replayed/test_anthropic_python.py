@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.replayed import Case, Reply, each
-from tests.support.scripted import saying
+from tests.support.server.replayed import Case, Reply, each
+from tests.support.server.scripted import saying
 
 PATH = "/v1/messages"
 HELLO = [{"role": "user", "content": "Say hello there!"}]

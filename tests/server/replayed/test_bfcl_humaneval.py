@@ -3,7 +3,7 @@ multiple, parallel, irrelevance, Java's and JavaScript's types) and prompts in H
 
 import json
 
-from tests.support.replayed import Case, each
+from tests.support.server.replayed import Case, each
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 STOPS = ["\nclass", "\ndef", "\n#", "\nif"]

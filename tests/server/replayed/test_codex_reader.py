@@ -4,7 +4,7 @@ and leaves the same events; what it makes of ours is what Codex makes of them.""
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.support.replayed import Case, Reply, each
+from tests.support.server.replayed import Case, Reply, each
 
 TOOL = {"type": "function", "name": "shell", "strict": False, "parameters": {"type": "object", "properties": {"command": {"type": "array", "items": {"type": "string"}}}, "required": ["command"]}}  # fmt: skip
 CALL = '<tool_call>\n{"name": "shell", "arguments": {"command": ["ls", "-l"]}}\n</tool_call>'

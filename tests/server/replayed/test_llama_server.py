@@ -4,7 +4,7 @@ test_compat_anthropic, test_compat_oai_responses, test_security, test_metrics, t
 import re
 
 from tests.server.replayed.conftest import KEY
-from tests.support.replayed import Case, each
+from tests.support.server.replayed import Case, each
 
 CHAT, TEXT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"
 COUNT = "/v1/messages/count_tokens"

@@ -14,7 +14,7 @@ import pytest
 
 from hetero_attn.errors import SamplingError
 from hetero_attn.serving.sampling_params import SamplingParams
-from tests.support.replayed import each
+from tests.support.server.replayed import each
 
 pytest.importorskip("llguidance", reason="llguidance is not installed (extra grammar)")
 MOST_FILES = 200

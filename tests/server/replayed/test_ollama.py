@@ -1,7 +1,7 @@
 """Ollama's tests: ollama/ollama, middleware/openai_test.go and anthropic_test.go, openai/responses_test.go,
 integration/ (tools, think, context); the lines are those of docs/api.md there."""
 
-from tests.support.replayed import Case, each
+from tests.support.server.replayed import Case, each
 
 CHAT, OPENAI, RESPONSES = "/api/chat", "/v1/chat/completions", "/v1/responses"
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -3,7 +3,7 @@ image, which this server refuses as a model of text has to. Every event and resp
 
 import pytest
 
-from tests.support.replayed import Case, each
+from tests.support.server.replayed import Case, each
 
 PATH = "/v1/responses"
 LOCATION = {"type": "string", "description": "The city and state, e.g. San Francisco, CA"}

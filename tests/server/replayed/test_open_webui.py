@@ -3,7 +3,7 @@ utils/middleware.py, utils/payload.py): the same fields and headers, the tasks' 
 
 import json
 
-from tests.support.replayed import Case, each
+from tests.support.server.replayed import Case, each
 
 CHAT = "/v1/chat/completions"
 TALK = [{"role": "user", "content": "What is a list?"}, {"role": "assistant", "content": "A sequence."}]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.replayed import each
-from tests.support.scripted import saying
+from tests.support.server.replayed import each
+from tests.support.server.scripted import saying
 
 USER = [{"role": "user", "content": "What's the weather like in SF?"}]
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -2,7 +2,7 @@
 test_continue_final_message, test_stream_role, test_usage_stats, test_best_of, test_template_vars)."""
 
 from tests.server.test_dialogue import answer_of, meaning
-from tests.support.replayed import Case, Written, each
+from tests.support.server.replayed import Case, Written, each
 
 CHAT = "/v1/chat/completions"
 OPEN = "<|im_start|>assistant\n<think>\n"

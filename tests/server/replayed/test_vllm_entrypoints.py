@@ -3,7 +3,7 @@ anthropic, instrumentator/test_metrics, test_tool_choice_null, test_non_object_b
 
 import re
 
-from tests.support.replayed import Case, each
+from tests.support.server.replayed import Case, each
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "what is 1+1?"}]

@@ -5,7 +5,7 @@ import json
 
 from hetero_attn.server.dialogue.tools import tools_of
 from tests.server.test_dialogue import answer_of, cuts, meaning
-from tests.support.replayed import Written, each
+from tests.support.server.replayed import Written, each
 
 STATE = {"type": "object", "properties": {"city": {"type": "string"}, "state": {"type": "string"}, "unit": {"type": "string"}, "days": {"type": "integer"}, "exact": {"type": "boolean"}, "tags": {"type": "array"}, "more": {"type": "object"}}}  # fmt: skip
 TOOLS = tools_of(

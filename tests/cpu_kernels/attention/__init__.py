@@ -1,0 +1,1 @@
+"""Tests of attention on the CPU."""

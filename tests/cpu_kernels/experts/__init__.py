@@ -1,0 +1,1 @@
+"""Tests of routing and of linears over chosen experts."""

@@ -1,0 +1,1 @@
+"""Tests of linears and of the formats of their weights."""

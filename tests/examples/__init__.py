@@ -1,0 +1,1 @@
+"""Tests of the scripts and the checkpoints under `examples/`."""

@@ -1,0 +1,1 @@
+"""Tests that need a CUDA device, or run emulated beside it."""

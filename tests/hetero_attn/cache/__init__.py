@@ -1,0 +1,1 @@
+"""Tests of keys, values and states that are kept."""

@@ -1,0 +1,1 @@
+"""Tests of files of weights, sound and broken."""

@@ -1,0 +1,1 @@
+"""Tests of a loaded model's steps."""

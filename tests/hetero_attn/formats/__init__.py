@@ -1,0 +1,1 @@
+"""Tests of weight formats that a policy or a recipe chooses."""

@@ -1,0 +1,1 @@
+"""Tests of the lanes and of their timeline."""

@@ -1,0 +1,1 @@
+"""Tests of weights on their way from the file into each home."""

@@ -1,0 +1,1 @@
+"""Tests of wishes that become plans, and of the machine's profile."""

@@ -1,0 +1,1 @@
+"""Tests of verify, quality and traces."""

@@ -1,0 +1,1 @@
+"""Tests of the house: sizes, imports, words, documents and the package."""

@@ -1,0 +1,1 @@
+"""Tests of what operations and passes are said to cost."""

@@ -1,0 +1,1 @@
+"""Tests of the clients that people have, and of the page."""

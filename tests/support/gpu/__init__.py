@@ -1,0 +1,1 @@
+"""GPUs that are none: fakes, simulations, and Triton without a device."""

@@ -1,0 +1,1 @@
+"""Oracles of kernels, and their inputs."""

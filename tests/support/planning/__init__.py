@@ -1,0 +1,1 @@
+"""Workloads, machines and slow searches for tests of plans."""

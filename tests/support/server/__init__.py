@@ -1,0 +1,1 @@
+"""Servers of the shipped model, and what clients send."""

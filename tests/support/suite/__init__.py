@@ -1,0 +1,1 @@
+"""What the suite itself is made of."""
