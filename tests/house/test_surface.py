@@ -20,7 +20,7 @@ from hetero_attn.cli.errors import exit_code
 from placement import HardwareProfile, policy_schema
 
 HERE = Path(__file__).resolve().parent
-TINY = str(next(folder for folder in HERE.parents if (folder / "examples").is_dir()) / "examples" / "tiny")
+TINY = str(HERE.parents[1] / "examples" / "tiny")
 WRITTEN_DOWN = json.loads((HERE / "public_surface.json").read_text())
 ON_CPU = ("--device", "cpu", "--threads", "1", "--context", "256")
 COMMANDS = {
