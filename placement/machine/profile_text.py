@@ -6,10 +6,9 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from placement.machine.figures import Figures
 from placement.machine.rates import AttentionRate, CopyRate, DtypeRates, RowRate, ThreadRate, number, parse
+from placement.machine.yaml_document import YamlProblem, read_document
 
 MOST_ENTRIES = 1000  # of a table
 TABLES = {
@@ -40,6 +39,8 @@ def parsed(values: dict[str, Any], where: str) -> dict[str, Any]:
     for name in known:
         if name in found and known[name].type is str and not _is_shown(found[name]):
             raise ValueError(f"{where}: {name} must be text without control characters, got {found[name]!r:.80}")
+        if name in found and known[name].type is bool and not isinstance(found[name], bool):
+            raise ValueError(f"{where}: {name} must be true or false, got {found[name]!r:.80}")
         if name in found and known[name].type is DtypeRates:
             found[name] = parse(DtypeRates, found[name], f"{where}: {name}")
         elif name in found and known[name].type in (int, float):
@@ -69,16 +70,20 @@ def values_of_json(text: str, where: str) -> dict[str, Any]:
 
 
 def values_of_file(path: Path) -> dict[str, Any]:
-    """The mapping that a file in JSON or YAML holds; ValueError for one that is no text or no mapping."""
+    """The mapping that a file in JSON or YAML holds; ValueError for one that is no text or no mapping, and for what a
+    policy file may not hold either, such as anchors and keys that are there twice."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: neither JSON nor YAML: {str(error).splitlines()[0]}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply for a profile") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of rates by name, found {type(values).__name__}")
-    return values
+        document = read_document(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: neither JSON nor YAML: {error}") from None
+    except YamlProblem as problem:
+        line, column = problem.mark
+        raise ValueError(f"{path}:{line}:{column}: neither JSON nor YAML for a profile: {problem.message}") from None
+    if not isinstance(document.value, dict):
+        raise ValueError(f"{path}: expected a mapping of rates by name, found {type(document.value).__name__}")
+    for (line, column), keys in document.duplicates:
+        raise ValueError(f"{path}:{line}:{column}: {'.'.join(map(str, keys))}: the key is given twice")
+    return document.value
 
 
 def _expected(values: dict[str, Any], name: str, default: Any, kind: Any, where: str) -> Any:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError
 
+from placement.machine.yaml_document import MAX_BYTES, Document, Mark, YamlProblem, read_document
+from placement.machine.yaml_document import Path as YamlPath
 from placement.plan.units import format_bytes
-from placement.policy.document import MAX_BYTES, Document, Mark, YamlProblem, read_document
-from placement.policy.document import Path as YamlPath
 from placement.policy.fields import (
     InsertsField,
     KvDtypeField,

@@ -4,8 +4,8 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-from placement.policy.document import Document, Mark
-from placement.policy.document import Path as YamlPath
+from placement.machine.yaml_document import Document, Mark
+from placement.machine.yaml_document import Path as YamlPath
 
 # What pydantic says of its own types, in the words of a policy file.
 WORDS = {

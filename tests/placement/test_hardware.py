@@ -152,7 +152,8 @@ def test_json_that_is_no_object_is_refused():
 
 
 def test_a_hardware_file_is_json_or_yaml_alike(tmp_path):
-    """A copy of a catalogue file is named by its file; what is no profile is refused with its path."""
+    """A copy of a catalogue file is named by its file; what is no profile is refused with its path. The last of two
+    keys counted, `no` for true or false, and 1:30 for 90, and a key that is a number was a TypeError."""
     known = HardwareProfile.named("rtx4090-ddr5")
     (tmp_path / "mine.json").write_text(known.to_json(), encoding="utf-8")
     (tmp_path / "mine.yaml").write_text((CATALOGUE / "rtx4090-ddr5.yaml").read_text(encoding="utf-8"), encoding="utf-8")
@@ -169,8 +170,34 @@ def test_a_hardware_file_is_json_or_yaml_alike(tmp_path):
         ("[1, 2]", "expected a mapping"),
         ("a: [", "neither JSON nor YAML"),
         ("cores: 3\n", "missing source"),
-        ("[" * 100_000, "nested too deeply"),
+        ("[" * 100_000, "nested deeper than 32"),
+        ("name: &a there\nsource: *a\n", "1:7: .*anchors are not allowed"),
+        ("name: *a\n", "1:7: .*aliases are not allowed"),
+        ("cores: 3\ncores: 4\n", "2:1: cores: the key is given twice"),
+        ("cpu_ops_per_s: {fp32: 1, fp32: 2}\n", "1:26: cpu_ops_per_s.fp32: the key is given twice"),
+        ("1: 2\n", "unknown field '1'"),
+        (known.to_yaml() + "---\n", "a second document"),
+        (known.to_yaml().replace("unified_memory: false", "unified_memory: no"), "must be true or false, got 'no'"),
+        (known.to_yaml().replace("cores: 16", "cores: 1:30"), "cores must be a number, got '1:30'"),
     ):
         (tmp_path / "bad.yaml").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=f"bad.yaml.*{words}"):
             HardwareProfile.from_file(tmp_path / "bad.yaml")
+
+
+def test_a_hardware_file_of_windows_is_read(tmp_path):
+    known = HardwareProfile.named("rtx4090-ddr5")
+    file = tmp_path / "there.yaml"
+    file.write_bytes(b"\xef\xbb\xbf" + known.to_yaml().replace("\n", "\r\n").encode())
+
+    assert HardwareProfile.from_file(file) == known
+
+
+def test_a_hardware_file_that_doubles_itself_ends_at_once(tmp_path):
+    """Its fingerprint became text, of four billion words."""
+    doubled = ", ".join(f"k{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 32))
+    text = HardwareProfile.named("generic-cpu").to_yaml()
+    (tmp_path / "there.yaml").write_text(text.replace("fingerprint: {}", f"fingerprint: {{k0: &a0 x, {doubled}}}"))
+
+    with pytest.raises(ValueError, match="anchors are not allowed"):
+        HardwareProfile.from_file(tmp_path / "there.yaml")

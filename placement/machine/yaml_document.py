@@ -27,7 +27,7 @@ _WORDS = {
     "-.inf": float("-inf"),
     "+.inf": float("inf"),
 }
-QUOTE_HINT = 'a pattern that begins with * or [ must be quoted, as in match: "*.qkv"'
+QUOTE_HINT = 'text that begins with * or [ must be quoted, as in match: "*.qkv"'
 
 Path = tuple[str | int, ...]
 Mark = tuple[int, int]
@@ -82,7 +82,7 @@ def _consume(event: Any, document: Document, stack: list[_Frame]) -> None:
     if getattr(event, "tag", None):
         raise YamlProblem(mark, f"tags are not allowed ({event.tag}); write a plain value")
     if isinstance(event, yaml.DocumentStartEvent) and document.marks:
-        raise YamlProblem(mark, "a second document; one file holds one policy")
+        raise YamlProblem(mark, "a second document; one file holds one")
     if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
         if len(stack) >= MAX_DEPTH:
             raise YamlProblem(mark, f"nested deeper than {MAX_DEPTH} levels")
