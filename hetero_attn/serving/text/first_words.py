@@ -24,7 +24,7 @@ def checked_ids(token_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     """Token ids of a prompt; raises PromptError for none at all, and for one that the model has no embedding for."""
     ids = as_token_ids(token_ids)
     if not ids:
-        raise PromptError("the prompt is empty and this model has no token to begin with; give at least one token")
+        raise PromptError("the prompt has no tokens; give at least one")
     for position, token_id in enumerate(ids):
         if not 0 <= token_id < vocab_size:
             raise PromptError(f"token {token_id!r} at position {position} of the prompt is not in 0..{vocab_size - 1}")
@@ -32,8 +32,12 @@ def checked_ids(token_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
 
 
 def begun(token_ids: Sequence[int], bos_token_id: int | None) -> Sequence[int]:
-    """A prompt's tokens; of an empty one the token that texts begin with, where there is one."""
-    return token_ids if token_ids or bos_token_id is None else [bos_token_id]
+    """A prompt's tokens; of an empty one the token that texts begin with. Raises PromptError where there is none."""
+    if token_ids:
+        return token_ids
+    if bos_token_id is None:
+        raise PromptError("the prompt is empty and this model has no token to begin with; give at least one token")
+    return [bos_token_id]
 
 
 def answerable(prompt: str | Sequence[dict[str, Any]], tokenizer: Tokenizer, planned: PlannedModel) -> tuple[int, ...]:

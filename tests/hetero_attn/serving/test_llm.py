@@ -139,6 +139,12 @@ def test_an_empty_prompt_begins_with_the_begin_token(llm):
     assert llm.generate([[]], GREEDY)[0].prompt_token_ids == (1,)
 
 
+def test_logits_of_no_tokens_are_refused_whatever_texts_begin_with(llm):
+    """It was said that the model had no token to begin with, which it has."""
+    with pytest.raises(PromptError, match="^the prompt has no tokens; give at least one$"):
+        llm.logits([])
+
+
 def test_an_empty_prompt_without_a_begin_token_is_an_error(tmp_path):
     path = make_checkpoint(tmp_path, "llama", layers=1)
     edit_json(path / "config.json", bos_token_id=None)
