@@ -11,6 +11,7 @@ from typing import Any
 from hetero_attn.errors import ArgumentError, nearest
 from hetero_attn.lanes.handover_names import HANDOVERS
 from placement import HardwareProfile, Policy
+from placement.machine.ranges import MOST_CORES
 from placement.plan.units import parse_bytes
 from placement.policy.fields import SPECULATIONS, names_model
 
@@ -18,7 +19,7 @@ from placement.policy.fields import SPECULATIONS, names_model
 INTEGERS = {
     "max_context": (1, 1 << 25),
     "max_batch": (1, 1 << 16),
-    "num_threads": (1, 4096),
+    "num_threads": (1, MOST_CORES),
     "page_size": (1, 1 << 16),
     "kv_tokens": (1, 1 << 40),
     "seed": (0, 2**63 - 1),

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 from cpu_kernels.formats.weights import WEIGHT_DTYPES
+from placement.machine.ranges import MOST_CORES
 from placement.plan.units import parse_bytes
 from placement.plan.workload import KV_DTYPES
 from placement.policy.problems import nearest
@@ -67,6 +68,14 @@ def _parse_positive(value: Any) -> int | None:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
     raise ValueError("must be a whole number >= 1 or auto")
+
+
+def _parse_threads(value: Any) -> int | None:
+    if value is None or value == "auto":
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_CORES:
+        return value
+    raise ValueError(f"must be a whole number from 1 to {MOST_CORES}, or auto")
 
 
 def _parse_kv_dtype(value: Any) -> str | None:
@@ -149,5 +158,8 @@ SpeculateField = Annotated[
     str,
     BeforeValidator(_parse_speculate),
     WithJsonSchema({"anyOf": [{"enum": list(SPECULATIONS)}, {"type": "string"}]}),
+]
+ThreadsField = Annotated[
+    int | None, BeforeValidator(_parse_threads), _auto_or({"type": "integer", "minimum": 1, "maximum": MOST_CORES})
 ]
 PositiveField = Annotated[int | None, BeforeValidator(_parse_positive), _auto_or({"type": "integer", "minimum": 1})]

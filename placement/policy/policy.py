@@ -22,6 +22,7 @@ from placement.policy.fields import (
     SizeField,
     SpeculateField,
     StagingSlotsField,
+    ThreadsField,
 )
 from placement.policy.problems import PolicyError, explained, nearest, position, shown
 from placement.policy.rules import KvRule, Rule, Strict, TierRule
@@ -52,7 +53,7 @@ class Policy(Strict):
     kv_tokens: PositiveField = Field(
         None, description="Tokens that the cache holds for all sequences; context times batch if not given."
     )
-    threads: PositiveField = Field(None, description="Threads of the CPU lane.")
+    threads: ThreadsField = Field(None, description="Threads of the CPU lane.")
     prefill_chunk: PositiveField = Field(None, description="Rows of a prompt that one step computes.")
     staging_slots: StagingSlotsField = Field(
         None, description="Slots of the ring through which weights stream to the GPU; 0 lets nothing stream."

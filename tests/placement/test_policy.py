@@ -95,6 +95,7 @@ def test_every_problem_is_reported_in_one_pass_with_its_place():
         ("rules:\n  - match: head\n", "sets nothing"),
         ("rules:\n  - gpu: 1\n", "rules[0].match: the key is missing"),
         ("batch: 0\n", "0: must be a whole number >= 1"),
+        ("batch: 1\nthreads: 60000\n", "p.yaml:2:1: threads: 60000: must be a whole number from 1 to 4096, or auto"),
         ("staging_slots: 1\n", "1: must be 0 (nothing may stream)"),
         ("context: yes\n", "'yes'"),
         ("[]\n", "a policy is a mapping"),
