@@ -161,3 +161,21 @@ def test_num_predict_of_0_is_no_limit(http):
     ]
 
     assert answers[0]["response"] == answers[1]["response"] and answers[0]["done"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/detokenize", {"tokens": [5, True]}, "tokens.1"),
+        ("/v1/completions", {"prompt": "A", "max_tokens": True}, "max_tokens"),
+        ("/v1/completions", {"prompt": "A", "stop_token_ids": [True]}, "stop_token_ids.0"),
+        ("/v1/chat/completions", {"messages": USER, "temperature": True}, "temperature"),
+        ("/v1/responses", {"input": "A", "max_output_tokens": True}, "max_output_tokens"),
+        ("/v1/messages", {"messages": USER, "max_tokens": True}, "max_tokens"),
+    ],
+)
+def test_true_is_no_number(http, path, body, field):
+    """It counted as 1: one token was made, or token 1 ended the answer."""
+    answer = http.post(path, json=body)
+
+    assert answer.status_code == 400 and field in answer.text and "got True" in answer.text

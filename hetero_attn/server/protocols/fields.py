@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from hetero_attn.server.dialogue.forced import STRUCTURED, structured_wishes
 from hetero_attn.server.failures import ApiError
@@ -31,10 +32,24 @@ _SAMPLING = (
 )
 
 
+def _takes(annotation: Any, kind: type) -> bool:
+    return annotation is kind or any(_takes(each, kind) for each in get_args(annotation))
+
+
 class Fields(BaseModel):
     """A body, or part of one; what it does not know is ignored, and counted."""
 
     model_config = ConfigDict(extra="allow")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`true` is no number, though Python has it for 1."""
+        if isinstance(value, bool):
+            known = cls.model_fields[str(info.field_name)].annotation
+            if not _takes(known, bool) and (_takes(known, int) or _takes(known, float)):
+                raise PydanticCustomError("number", "Input should be a number")
+        return value
 
 
 class StreamOptions(Fields):
@@ -60,7 +75,7 @@ class SamplingFields(Fields):
     frequency_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[StrictInt] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     logit_bias: dict[int, float] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from pydantic import StrictInt
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -30,7 +31,7 @@ class TokenizeBody(Fields):
 class DetokenizeBody(Fields):
     """The body of `POST /detokenize`: token ids to become text."""
 
-    tokens: list[int]
+    tokens: list[StrictInt]
 
 
 async def health(service: Service, request: Request) -> Response:
