@@ -16,7 +16,6 @@ from hetero_attn.ops.experts import (
     ExpertBuffers,
     add_experts,
     compute_experts,
-    copied_expert_tables,
     copied_experts,
 )
 from hetero_attn.ops.run import Run
@@ -29,7 +28,7 @@ class Beside(BesideDeclaration, Experts):
     def forward(self, run: Run, weights: BlockWeights, state: StateView, work: Workspace) -> None:
         """Queue the block; the CPU's experts run beside the GPU's and beside the MLP."""
         lanes, tier, experts = run.lanes, run.step.tier, weights.linears["experts"]
-        buffers = self._buffers(work, run.step.rows, copied_experts(experts, tier))
+        buffers = self._buffers(work, run.step.rows, copied_experts(experts, tier).count)
         for_mlp, expert_sum = work.of(FOR_MLP, self._hidden), work.of(EXPERT_SUM, self._hidden)
         self._choose(run, weights, buffers, work)
         self._normalize(run, weights, "experts_norm", work, buffers.x, experts.has_host_features(tier))
@@ -60,13 +59,13 @@ class Beside(BesideDeclaration, Experts):
     def _factors(self, run: Run, weights: BlockWeights, routes: Routes, work: Workspace) -> torch.Tensor:
         """The number of the expert of every pick, [rows, per_row]: by place, as what an expert adds to its places, then
         by row, as the sum of one output each."""
-        ops, tables = run.lanes.main_ops, copied_expert_tables(weights.linears["experts"], run.step.tier)
+        ops, copied = run.lanes.main_ops, copied_experts(weights.linears["experts"], run.step.tier)
         picks, scale = routes.ids.numel(), weights.vector("expert_scale").main[:, None]
         both = work.flat(FACTORS, 2 * picks, 1).main
         by_place, by_pick = both[:picks], both[picks:]
         ops.copy_rows(both, weights.vector("zeros").main[:1].expand(both.shape))
-        if tables is not None:
-            ops.add_expert_bias(scale, Picks(None, routes.starts, 0, tables[1]), by_place)
+        if copied.held is not None:
+            ops.add_expert_bias(scale, Picks(None, routes.starts, 0, copied.held), by_place)
         ops.add_expert_bias(scale, Picks(None, routes.starts, routes.starts.shape[0] - 1 - routes.experts), by_place)
         once = weights.vector("one").main.expand(picks, 1)
         ops.combine(by_place, by_place, routes.starts[:1], routes.places.view(picks, 1), once, by_pick)

@@ -16,7 +16,6 @@ from hetero_attn.ops.experts import (
     ExpertBuffers,
     add_experts,
     compute_experts,
-    copied_expert_tables,
     copied_experts,
     routes_in,
 )
@@ -31,7 +30,7 @@ class Experts(ExpertsDeclaration, Block):
     def forward(self, run: Run, weights: BlockWeights, state: StateView, work: Workspace) -> None:
         """Queue the block; the CPU's experts run beside the GPU's and beside the shared one."""
         lanes, tier, experts = run.lanes, run.step.tier, weights.linears["experts"]
-        buffers = self._buffers(work, run.step.rows, copied_experts(experts, tier))
+        buffers = self._buffers(work, run.step.rows, copied_experts(experts, tier).count)
         on_host = any(linear.has_host_features(tier) for linear in (experts, *self._shared_of(weights)[:1]))
         normalize(lanes, Norm.of(self._model, weights), work.residual, buffers.x, on_host)
         self._route(run, weights, buffers, buffers.x)
@@ -59,8 +58,7 @@ class Experts(ExpertsDeclaration, Block):
 
     def _route(self, run: Run, weights: BlockWeights, buffers: ExpertBuffers, x: Activation) -> Routes:
         lanes, tier, experts, config = run.lanes, run.step.tier, weights.linears["experts"], self._config
-        tables = copied_expert_tables(experts, tier)
-        table = None if tables is None else tables[0]
+        table = copied_experts(experts, tier).table
         routes = routes_in(buffers.routes.main, buffers.weights.main, self.experts, table)
         scoring = Scoring(
             gated=config.is_gated,

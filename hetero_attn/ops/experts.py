@@ -31,18 +31,25 @@ def routes_in(memory: torch.Tensor, weights: torch.Tensor, spec: ExpertsSpec, ta
     return Routes(ids.view(rows, -1), places.view(rows, -1), sources, starts, weights, table)
 
 
-def copied_experts(experts: LinearWeights, tier: int) -> int:
-    """How many experts have a copy in GPU memory in a row tier that the router's table names: in expert slots, or
-    streamed whatever their ids."""
-    streamed = experts.streamed(tier)
-    return experts.expert_slot_count + (0 if streamed is None else len(streamed.ids))
+@dataclass(frozen=True, slots=True)
+class CopiedExperts:
+    """Experts with a copy in GPU memory in a row tier: in expert slots, or streamed whatever their ids.
+
+    table: of the router, which names them. held: which expert each of them is. As in `Routes` and `Picks`.
+    """
+
+    count: int = 0
+    table: torch.Tensor | None = None
+    held: torch.Tensor | None = None
 
 
-def copied_expert_tables(experts: LinearWeights, tier: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The table of those, and which expert each of them is, as in `Routes` and `Picks`; None without any."""
-    if experts.streamed(tier) is not None:
-        return experts.streamed_experts.table, experts.streamed_experts.held[: copied_experts(experts, tier)]
-    return None if experts.expert_slots is None else (experts.expert_slots.table, experts.expert_slots.held)
+def copied_experts(experts: LinearWeights, tier: int) -> CopiedExperts:
+    """Those of a layer."""
+    slots, streamed = experts.expert_slots, experts.streamed(tier)
+    if streamed is not None:
+        count = experts.expert_slot_count + len(streamed.ids)
+        return CopiedExperts(count, experts.streamed_experts.table, experts.streamed_experts.held[:count])
+    return CopiedExperts() if slots is None else CopiedExperts(experts.expert_slot_count, slots.table, slots.held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,7 @@ def compute_experts(lanes: Lanes, experts: LinearWeights, tier: int, buffers: Ex
 
     The CPU's outputs come back with `add_experts`; work queued between the two runs beside them.
     """
-    first, slots = copied_experts(experts, tier), experts.expert_slots
+    first, slots = copied_experts(experts, tier).count, experts.expert_slots
     at_home = experts.device_units(tier)
     if experts.has_host_features(tier):
         lanes.push(buffers.routes, 0, buffers.routes.main.shape[1])
@@ -84,8 +91,8 @@ def compute_experts(lanes: Lanes, experts: LinearWeights, tier: int, buffers: Ex
 
 def _stream(lanes: Lanes, experts: LinearWeights, tier: int, side: "_Side", parts: Activation) -> None:
     """Queue the picks of what is streamed: of copies whatever their ids, or of the experts behind those at home."""
-    first, is_copied = copied_experts(experts, tier), experts.streamed(tier) is not None
-    held = copied_expert_tables(experts, tier)[1] if is_copied else None
+    copied, is_copied = copied_experts(experts, tier), experts.streamed(tier) is not None
+    first, held = copied.count, copied.held if is_copied else None
     at = experts.expert_slot_count if is_copied else first + experts.placement.gpu_units
     for _ in range(experts.piece_count(tier)):
         weight = lanes.ring.take()
@@ -103,7 +110,7 @@ def add_experts(
     side = _Side("host" if lanes.device is None else "device", buffers)
     if experts.has_host_features(tier):
         lanes.pull(buffers.parts, 0, features, given)
-    routes, border = side.routes(spec), copied_experts(experts, tier) + experts.device_units(tier)
+    routes, border = side.routes(spec), copied_experts(experts, tier).count + experts.device_units(tier)
     far, near = (side.of(activation)[:, :features] for activation in (buffers.parts, buffers.near))
     lanes.main_ops.combine(
         near,

@@ -166,7 +166,7 @@ class StreamKeeper:
 
     def _count(self, index: int, tier: int) -> Counted:
         linear = self._linears[index]
-        units, copied = linear.placement.units, copied_experts(linear, tier)
+        units, copied = linear.placement.units, copied_experts(linear, tier).count
         table = self._mirror.numpy()[index, :units]
         numbers = np.where(table >= 0, table, copied + np.arange(units))
         starts = self._starts[index]
