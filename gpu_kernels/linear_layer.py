@@ -1,16 +1,17 @@
-"""The `linear` op of the GPU lane: cuBLAS for fp32 and bf16 blocks, our int8 kernels over q8 and q4 blocks.
+"""The `linear` op of the GPU lane: cuBLAS for fp32 and bf16 blocks, our int8 kernels over coded blocks of few rows.
 
-    y = round(x) W^T + b        round: none for fp32, to bf16 for bf16, to int8 per group of 64 for q8 and q4
+    y = round(x) W^T + b        round: none for fp32, to bf16 for bf16, to int8 per group of 64 for coded formats
 
-Blocks of the other coded formats become bf16 for any number of rows, float16 ones float32. Many rows are bound by
-arithmetic, and whether that is faster in int8 or in bf16 depends on the card: up to `int8_rows` rows over q8 and q4
-blocks are int8 products; beyond, pieces of the weight become bf16 in a buffer for cuBLAS, and the rounded x becomes
-bf16 too. The only difference is then the rounding of both factors to bf16. A product goes straight into its columns of
-`out`, or onto them. x is rounded once for all pieces of a weight, which come one at a time (`rounded`).
+Many rows are bound by arithmetic, and whether that is faster in int8 or in bf16 depends on the card: up to `int8_rows`
+rows over q8 and q4 blocks are int8 products; up to eight over any other coded or float16 block meet it as it lies.
+Beyond, pieces of the weight become bf16 in a buffer for cuBLAS, and the rounded x becomes bf16 too; float16 blocks
+become float32. The only difference is then the rounding of both factors to bf16. A product goes straight into its
+columns of `out`, or onto them. x is rounded once for all pieces of a weight, which come one at a time (`rounded`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from torch import Tensor
 from gpu_kernels.activation import quantize_activation, round_activation
 from gpu_kernels.dequantize import dequantize
 from gpu_kernels.forms.dequantize import dequantize_form
+from gpu_kernels.forms.few_number_rows import multiply_few_half_rows, multiply_few_number_rows
+from gpu_kernels.forms.few_rows import MOST_ROWS, multiply_few_rows
 from gpu_kernels.forms.unpack import FORMS
 from gpu_kernels.int8_tile import multiply_many_rows
 from gpu_kernels.quantized_linear import multiply_quantized
@@ -74,6 +77,8 @@ def rounding_order(rows: int, weight_dtype: str, int8_rows: int) -> str | None:
     None for a weight whose x is not rounded so."""
     if "*" in weight_dtype or weight_dtype in ("fp32", "fp16", "bf16"):
         return None
+    if weight_dtype in FORMS:
+        return "own" if rows <= MOST_ROWS else "bf16"
     if rows > int8_rows or weight_dtype not in INT8_KERNELS:
         return "bf16"
     return weight_dtype if rows <= LARGEST_TILE_ROWS else "own"
@@ -102,9 +107,11 @@ def linear(
         expected = block_bytes(weight_dtype, x.shape[1])
         assert weight.shape[1] == expected, (weight_dtype, weight.shape, x.shape, expected)
         if x.is_int8:
-            multiply = multiply_quantized if x.shape[0] <= LARGEST_TILE_ROWS else multiply_many_rows
-            multiply(x.values, weight, weight_dtype, bias, out, accumulate)
+            _int8_product(x.shape[0], weight_dtype)(x.values, weight, weight_dtype, bias, out, accumulate)
             return
+    if weight_dtype == "fp16" and x.shape[0] <= MOST_ROWS and x.shape[1] % 2 == 0:
+        multiply_few_half_rows(x.values[0], weight, bias, out, accumulate)
+        return
     in_place = not out.is_cuda or products_in_place(out.device)
     blocks = _blocks_at_once(x, weight_dtype, in_place)
     if weight.shape[0] <= blocks:
@@ -114,6 +121,12 @@ def linear(
         columns = slice(start * BLOCK_FEATURES, (start + blocks) * BLOCK_FEATURES)
         part = None if bias is None else bias[columns]
         _dense_linear(x, weight[start : start + blocks], weight_dtype, part, out[:, columns], accumulate, in_place)
+
+
+def _int8_product(rows: int, weight_dtype: str) -> Callable[..., None]:
+    if weight_dtype in FORMS:
+        return multiply_few_rows if FORMS[weight_dtype].is_whole else multiply_few_number_rows
+    return multiply_quantized if rows <= LARGEST_TILE_ROWS else multiply_many_rows
 
 
 def _dense_linear(

@@ -10,7 +10,7 @@ one 16-byte load. One row multiplies with dp4a on the CUDA cores, more rows with
 
 Every warp takes its own superblocks and keeps its own sums, added in a fixed order when all are done. Dimensions are
 ordered so that what a thread loads is what it multiplies: no step of the loops exchanges data between threads, so no
-warp waits for another while loads are in flight (tests/gpu_kernels/test_aot.py).
+warp waits for another while loads are in flight (tests/gpu_kernels/compiled/test_aot.py).
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ class Tile(NamedTuple):
 FEW_BLOCKS = 512
 GEMV_FEW = GemvShape(8, 4)
 GEMV_MANY = GemvShape(4, 4)
-# Two tiles of 64 rows share the inputs that a multiprocessor caches. None may spill (tests/gpu_kernels/test_aot.py).
+# Two tiles of 64 rows share the inputs that a multiprocessor caches. None may spill
+# (tests/gpu_kernels/compiled/test_aot.py).
 TILES_FEW = (Tile(8, 1, 8, 2), Tile(16, 1, 8, 2), Tile(32, 1, 8, 1), Tile(64, 1, 4, 1))
 TILES_MANY = (Tile(8, 1, 4, 2), Tile(16, 1, 4, 2), Tile(32, 1, 4, 1), Tile(64, 2, 2, 1))
 LARGEST_TILE_ROWS = 64

@@ -6,7 +6,8 @@ A copy of some KiB by the copy engine is mostly start-up; a kernel between two k
 Host memory may have been written by the CPU since a kernel last read it, and the loads are ordinary ones: what the CPU
 wrote is seen because a launch begins with nothing of host memory in a cache of the GPU, and because every copy is a
 launch of its own, behind the wait for what it reads. A kernel that polled, or began before that wait had ended, would
-need `ld.relaxed.sys`; Triton drops the modifier `.cv` of a load without a word (tests/gpu_kernels/test_aot.py).
+need `ld.relaxed.sys`; Triton drops the modifier `.cv` of a load without a word
+(tests/gpu_kernels/compiled/test_aot.py).
 """
 
 from __future__ import annotations

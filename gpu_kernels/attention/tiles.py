@@ -21,8 +21,8 @@ class Tile(NamedTuple):
 
 # By dtype of the pages (uint8 as int8) and padded head_dim. Chosen so that the K and V tiles of every stage fit the 99
 # KiB of shared memory that compute capability 8.6, 8.9 and 12.0 give a program, and so that nothing spills
-# (tests/gpu_kernels/test_aot.py). float32 products run on the CUDA cores and want small tiles; codes are unpacked in
-# registers.
+# (tests/gpu_kernels/compiled/test_aot.py). float32 products run on the CUDA cores and want small tiles; codes are
+# unpacked in registers.
 DECODE_TILES = {
     torch.bfloat16: {
         16: Tile(0, 64, 4, 3),

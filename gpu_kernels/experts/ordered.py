@@ -19,7 +19,7 @@ from gpu_kernels.forms.unpack import FEATURES, FORMS, GROUP, LINE, Form, codes_o
 WHOLE_FORMS = {
     "q4": Form(4, 64, 1, "SM64"),
     "q8": Form(8, 64, 1, "S32", 128),
-    **{name: form for name, form in FORMS.items() if not form.values and not form.e4m3},
+    **{name: form for name, form in FORMS.items() if form.is_whole},
 }
 
 LOST_BITS, HALFWAY = (1 << 29) - 1, 1 << 28  # of a float64 that is made a float32

@@ -16,7 +16,7 @@ GROUPS = 4  # of 64 inputs a program
 
 
 @triton.jit
-def _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER: tl.constexpr, HAS_ZEROS: tl.constexpr):
+def scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER: tl.constexpr, HAS_ZEROS: tl.constexpr):
     """float32 [groups, 8, 16], 0-d zero where there is no minimum; see cpu_kernels/formats/base.py."""
     halves = superblock.to(tl.pointer_type(tl.float16))
     minimum = 0.0
@@ -110,7 +110,7 @@ def _dequantize_form_kernel(
     if TABLE_LOW or TABLE_HIGH:
         entries = tl.where(code >= 8, TABLE_HIGH, TABLE_LOW).to(tl.int64)
         code = (entries >> (code % 8 * 8).to(tl.int64)).to(tl.int8).to(tl.int32)
-    scale, minimum = _scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER, HAS_ZEROS)
+    scale, minimum = scale_and_minimum(superblock, inside_group, line, feature, mask, HEADER, HAS_ZEROS)
     if IS_E4M3:  # exponent and mantissa of a float16 that is 256 times smaller, subnormal ones too
         half = (code & 128) << 8 | (code & 127) << 7
         number = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0

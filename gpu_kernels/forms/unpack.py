@@ -51,6 +51,11 @@ class Form(NamedTuple):
         """Whether a header holds zero points, which are taken from codes as an offset is."""
         return self.header.startswith(("SZ", "SI"))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether codes stand for whole numbers of a byte."""
+        return not self.values and not self.e4m3
+
 
 FORMS = {
     "q4_0": Form(4, 64, 1, "S32", 8),

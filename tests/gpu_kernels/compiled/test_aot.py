@@ -28,6 +28,7 @@ from gpu_kernels import kv_pages, reference
 from gpu_kernels.attention import prefill as prefill_op
 from gpu_kernels.attention import tiles
 from gpu_kernels.experts.ordered import WHOLE_FORMS
+from gpu_kernels.forms.unpack import FORMS
 from tests.support.gpu.ahead_of_time import SHARED_MEMORY_LIMIT, Resources, compile_launches, compile_together
 
 HIDDEN, HEADS, KV_HEADS, PAGE = 4096, 32, 8, 16
@@ -150,6 +151,7 @@ def delta_step(per_key: int, rows: int = 1, key_dim: int = 128, value_dim: int =
     )
 
 
+ORDINARY_FORMS = {"q4_k", "q6_k", "iq4_xs", "mxfp4", "int4_g128", "fp8", "nf4"}
 LESS_USUAL = sorted(set(WHOLE_FORMS) - {"q4", "q8", "mxfp4", "q4_k", "q6_k"})
 # launch: what to call, and the architectures of an ordinary run, which is every architecture for one launch of a kind
 # (decoding, prompts, one row, few rows by format, many in int8, rounding, experts) or for those of the kind together.
@@ -159,15 +161,25 @@ LAUNCHES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "decode q8 128 in pages of 64": (decode(Q8, 128, 8, page=64), (90,)),
     "prefill bf16 128 in pages of 64": (prefill(BF16, 128, page=64), (86,)),
     "prefill q8 128 in pages of 64": (prefill(Q8, 128, page=64), (90,)),
-    "linear q4_k 4": (linear("q4_k", 4), (80,)),
-    "linear q5_k 4": (linear("q5_k", 4), ()),
+    "linear q4_k 1": (linear("q4_k", 1), (80, 86, 89, 90, 120)),
+    "linear q4_k 8": (linear("q4_k", 8, 28672, bias=True, accumulate=True), (90,)),
     "linear q6_k 1": (linear("q6_k", 1), (86,)),
-    "linear q5_1 1": (linear("q5_1", 1), ()),
     "linear iq4_xs 1": (linear("iq4_xs", 1), (120,)),
     "linear mxfp4 1": (linear("mxfp4", 1), (89,)),
+    "linear int4_g128 1": (linear("int4_g128", 1), (80,)),
     "linear fp8 1": (linear("fp8", 1), (90,)),
     "linear nf4 1": (linear("nf4", 1), (86,)),
-    "linear nvfp4 1": (linear("nvfp4", 1), ()),
+    "linear fp16 1": (linear("fp16", 1), (80,)),
+    **{f"linear {name} 1": (linear(name, 1), ()) for name in sorted(set(FORMS) - ORDINARY_FORMS)},
+    "linear q4_k 16": (linear("q4_k", 16), (80,)),
+    "linear q6_k 16": (linear("q6_k", 16), (86,)),
+    "linear q5_k 16": (linear("q5_k", 16), ()),
+    "linear q5_1 16": (linear("q5_1", 16), ()),
+    "linear iq4_xs 16": (linear("iq4_xs", 16), (120,)),
+    "linear mxfp4 16": (linear("mxfp4", 16), (89,)),
+    "linear fp8 16": (linear("fp8", 16), (90,)),
+    "linear nf4 16": (linear("nf4", 16), (86,)),
+    "linear nvfp4 16": (linear("nvfp4", 16), ()),
     "decode bf16 64 group 1": (decode(BF16, 64, 32), (86,)),
     "decode bf16 80 group 16": (decode(BF16, 80, 2), (90,)),
     "decode bf16 256 group 8": (decode(BF16, 256, 4), (86,)),
@@ -295,9 +307,11 @@ def check(used: Resources, name: str, architecture: int) -> None:
         assert used.wide_loads >= narrow * used.loads, used
     if used.kernel == "_tile_kernel":
         assert used.int8_products > 0, used
-    if used.kernel in ("_gemv_kernel", "_pick_kernel"):
+    if used.kernel in ("_gemv_kernel", "_form_gemv_kernel", "_pick_kernel"):
         assert used.dp4a > 0 and used.wide_loads > 0, used
-    if used.kernel in ("_gemv_kernel", "_flat_kernel"):
+    if used.kernel in ("_number_gemv_kernel", "_half_gemv_kernel"):
+        assert used.wide_loads > 0, used
+    if used.kernel.endswith("_gemv_kernel") or used.kernel == "_flat_kernel":
         assert used.loop_exchanges == 0, used
     if used.kernel == "_delta_step_kernel":  # sums of columns pass through shared memory, the state does not
         assert used.wide_loads > 0 and used.shared_bytes <= 8192, used

@@ -1,0 +1,1 @@
+"""Tests of kernels as machine code, and of how they are launched."""
