@@ -60,7 +60,17 @@ def _cache_bytes(workload: Workload) -> dict[int, int]:
     return {kv.layer: kv.kv_heads * kv.bytes_per_token * workload.layer_tokens(kv) for kv in workload.kv}
 
 
+def everything_at_home(workload: Workload) -> tuple[tuple[LinearPlacement, ...], tuple[KvPlacement, ...]]:
+    """Every weight and the KV cache on the GPU."""
+    linears = tuple(LinearPlacement(s.name, s.units, NO_STREAM, s.units) for s in workload.linears)
+    return linears, _cache_on_gpu(workload)
+
+
 def stream_all(workload: Workload) -> tuple[tuple[LinearPlacement, ...], tuple[KvPlacement, ...]]:
     """Every weight copied to the GPU for every call, the KV cache on the GPU."""
     linears = tuple(LinearPlacement(s.name, 0, (s.units,) * NUM_ROW_TIERS, s.units) for s in workload.linears)
-    return linears, tuple(KvPlacement(s.name, s.kv_heads, workload.layer_tokens(s), s.kv_heads) for s in workload.kv)
+    return linears, _cache_on_gpu(workload)
+
+
+def _cache_on_gpu(workload: Workload) -> tuple[KvPlacement, ...]:
+    return tuple(KvPlacement(s.name, s.kv_heads, workload.layer_tokens(s), s.kv_heads) for s in workload.kv)

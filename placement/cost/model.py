@@ -273,14 +273,15 @@ def predict(
     context: int,
     on_gpu: bool,
     drafts: int = 0,
+    layers: Sequence[PlacedLayer] | None = None,
 ) -> PhaseCost:
     """Predicted cost of a decode step of `rows` sequences with `drafts` drafts each, or of a prompt of `rows` tokens,
-    after `context` cached tokens.
+    after `context` cached tokens. layers: the different ones of the placements, where they are known.
 
     A prompt runs in chunks of workload.prefill_chunk rows; only its last chunk chooses a token.
     """
     hardware = hardware.for_working_set(working_set_bytes(workload, context))
-    layers = placed_layers(workload, linears, kv)
+    layers = layers or placed_layers(workload, linears, kv)
     if phase == "decode":
         cost = layers_pass_cost(workload, layers, hardware, Call(rows, 1, context, drafts), on_gpu)
         parts = tuple(cost.lanes.items()), tuple(cost.terms.items())
@@ -290,9 +291,8 @@ def predict(
     total, overlapped = 0.0, 0.0
     lanes, terms = Counter[str](dict.fromkeys(RESOURCES, 0.0)), Counter[str](dict.fromkeys(TERMS, 0.0))
     for start in range(0, rows, workload.prefill_chunk):
-        q_len = min(workload.prefill_chunk, rows - start)
-        last = start + q_len == rows
-        cost = layers_pass_cost(workload, layers, hardware, Call(1, q_len, context + start), on_gpu, with_head=last)
+        call = Call(1, min(workload.prefill_chunk, rows - start), context + start)
+        cost = layers_pass_cost(workload, layers, hardware, call, on_gpu, with_head=start + call.q_len == rows)
         total += cost.seconds
         overlapped += cost.overlapped_s
         lanes.update(cost.lanes)

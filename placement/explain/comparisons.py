@@ -116,7 +116,7 @@ def alternatives(
 
     for candidate in _nearest(found):
         other = replace(plan, workload=candidate.problem.workload, linears=candidate.linears, kv=candidate.kv)
-        predicted = predict_plan(other, machine)
+        predicted = predict_plan(other, machine, by_context=False)
         yield Estimate(
             candidate.label,
             predicted.decode.tokens_per_s,

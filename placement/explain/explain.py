@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from placement.explain.comparisons import alternatives, gains, losses, with_rules_of
-from placement.explain.explanation import Explanation
+from placement.explain.explanation import Estimate, Explanation
 from placement.explain.sentences import bottleneck, notes
 from placement.machine.hardware import HardwareProfile
 from placement.plan.plan import Plan
@@ -22,17 +22,20 @@ def explain(
     device: str,
     gpu_memory_bytes: int | None = None,
     searched: Searched | None = None,
+    gains_beside: Callable[[], tuple[Estimate, ...]] | None = None,
 ) -> Explanation:
     """Plan and explain: arguments and errors of make_plan, and several times its time, for it plans several times.
 
-    searched: the plan for these very arguments, where it is known.
+    searched: the plan for these very arguments, where it is known. gains_beside: gives the `gains` of that, where they
+    are found beside this; asked last.
     """
     if searched is None:
         asked = requested(workload, hardware, policy, device=device, gpu_memory_bytes=gpu_memory_bytes)
         searched = plan_with_alternatives(asked)
     plan, found = searched
-    more, less = tuple(gains(workload, hardware, policy, plan)), tuple(losses(workload, hardware, policy, plan))
+    less = tuple(losses(workload, hardware, policy, plan))
     others = () if device == "cpu" else tuple(alternatives(workload, hardware, policy, plan, found))
+    more = gains_beside() if gains_beside else tuple(gains(workload, hardware, policy, plan))
     decides = bottleneck(plan.predicted.decode, plan.predicted.prefill)
     return Explanation(plan, decides, more, less, others, tuple(notes(plan, hardware, policy)))
 

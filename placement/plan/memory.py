@@ -32,12 +32,12 @@ class LinearPlacement:
             raise ValueError(f"{self.name}: stream_units needs {NUM_ROW_TIERS} entries, got {len(self.stream_units)}")
         if not 0 <= self.gpu_units <= self.units:
             raise ValueError(f"{self.name}: gpu_units must be in 0..{self.units}, got {self.gpu_units}")
-        if not 0 <= min(self.stream_units) <= max(self.stream_units) <= self.dram_units:
-            found = ((tier, n) for tier, n in enumerate(self.stream_units) if not 0 <= n <= self.dram_units)
-            tier, stream = next(found)
-            raise ValueError(f"{self.name}: stream_units[{tier}] must be in 0..{self.dram_units}, got {stream}")
-        if not 0 <= self.expert_slots <= self.dram_units:
-            raise ValueError(f"{self.name}: expert_slots must be in 0..{self.dram_units}, got {self.expert_slots}")
+        in_dram = self.units - self.gpu_units
+        if min(self.stream_units) < 0 or max(self.stream_units) > in_dram:
+            tier, stream = next((tier, n) for tier, n in enumerate(self.stream_units) if not 0 <= n <= in_dram)
+            raise ValueError(f"{self.name}: stream_units[{tier}] must be in 0..{in_dram}, got {stream}")
+        if not 0 <= self.expert_slots <= in_dram:
+            raise ValueError(f"{self.name}: expert_slots must be in 0..{in_dram}, got {self.expert_slots}")
 
     @property
     def dram_units(self) -> int:

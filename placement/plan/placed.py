@@ -53,19 +53,23 @@ def placed_layers(
             f"placements of {len(linears)} and {len(kv)}"
         )
     cuts = _cuts(workload, linears)
-    counts: dict[tuple[object, ...], int] = {}
-    first: dict[tuple[object, ...], LayerShards] = {}
+    caches = [(placed.gpu_kv_heads, placed.gpu_tokens) for placed in kv]
+    alike: dict[tuple[object, ...], list[LayerShards]] = {}
     for layer in workload.by_layer:
-        cache = None if layer.kv is None else (kv[layer.kv].gpu_kv_heads, kv[layer.kv].gpu_tokens)
-        key = layer.kind, cache, *[cuts[i] for i in layer.linears]
-        counts[key] = counts.get(key, 0) + 1
-        first.setdefault(key, layer)
+        kind, indices, at = layer
+        key = kind, None if at is None else caches[at], *[cuts[i] for i in indices]
+        layers = alike.get(key)
+        if layers is None:
+            alike[key] = [layer]
+        else:
+            layers.append(layer)
 
-    def placed(key: tuple[object, ...], layer: LayerShards) -> PlacedLayer:
-        cache = None if layer.kv is None else (workload.kv[layer.kv], kv[layer.kv])
-        return PlacedLayer(counts[key], tuple((workload.linears[i], linears[i]) for i in layer.linears), cache, key)
+    def placed(key: tuple[object, ...], layers: list[LayerShards]) -> PlacedLayer:
+        first = layers[0]
+        cache = None if first.kv is None else (workload.kv[first.kv], kv[first.kv])
+        return PlacedLayer(len(layers), tuple((workload.linears[i], linears[i]) for i in first.linears), cache, key)
 
-    return tuple(placed(key, layer) for key, layer in first.items())
+    return tuple(placed(key, layers) for key, layers in alike.items())
 
 
 def _cuts(workload: Workload, linears: Sequence[LinearPlacement]) -> list[tuple[object, ...]]:

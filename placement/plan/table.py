@@ -67,7 +67,7 @@ class ShownPlan(Protocol):
 
 def plan_table(plan: ShownPlan, width: int) -> str:
     """Render a plan as text of at most `width` columns, without colour codes."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, emoji=False)
 
     def say(line: str) -> None:
         console.print(wrapped(line, width), highlight=False, soft_wrap=True)

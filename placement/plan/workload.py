@@ -26,7 +26,7 @@ STAGING_PIECE_BYTES = 8 * 2**20
 # batch then takes it twice as long; and they take DRAM from the CPU lane.
 MOST_INSERTS = 2
 
-OF_SHARDS = ("by_layer", "layers", "num_layers", "layer_features", "has_row_cuts")  # what linears and kv alone decide
+OF_SHARDS = ("by_layer", "layers", "num_layers", "layer_features", "has_row_cuts", "weight_bytes")  # they alone decide
 
 DRAFTED_ROWS = 16  # of a pass, with drafts, however few sequences there are
 
@@ -169,7 +169,7 @@ class Workload:
         formats = {self.format_of(shard) for shard in self.linears}
         return len(formats) > 1 or any(shard.down_format for shard in self.linears)
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         """Packed bytes of every linear."""
         return sum(shard.total_bytes for shard in self.linears)

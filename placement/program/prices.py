@@ -55,13 +55,13 @@ def relaxed(program: Arrays) -> Relaxed | None:
     equal, is_most = low == high, low == -inf
     assert np.all(equal | is_most | (high == inf)), "a row of a program has one bound"
     signs = np.where(equal | is_most, 1.0, -1.0)
-    signed, bound = matrix.multiply(signs[:, None]).tocsr(), np.where(is_most, high, signs * low)
+    bound = np.where(is_most, high, signs * low)
     with without_native_output():
         result = linprog(
             costs,
-            A_ub=signed[~equal],
+            A_ub=_signed_rows(matrix, signs, ~equal),
             b_ub=bound[~equal],
-            A_eq=signed[equal],
+            A_eq=_signed_rows(matrix, signs, equal),
             b_eq=bound[equal],
             bounds=np.stack([lower, upper], axis=1),
             options={"presolve": False},
@@ -73,6 +73,18 @@ def relaxed(program: Arrays) -> Relaxed | None:
     prices = np.zeros(len(bound))
     prices[~equal], prices[equal] = result.ineqlin.marginals, result.eqlin.marginals
     return Relaxed(float(result.fun), (signs * prices).tolist())
+
+
+def _signed_rows(matrix: "csr_array", signs: "np.ndarray", wanted: "np.ndarray") -> "csr_array":
+    """Some rows of a matrix times their signs, without what sparse products and indexing look at first."""
+    import numpy as np
+    from scipy.sparse import csr_array
+
+    lengths = np.diff(matrix.indptr)
+    is_wanted = np.repeat(wanted, lengths)
+    values = (matrix.data * np.repeat(signs, lengths))[is_wanted]
+    starts = np.cumsum([0, *lengths[wanted]])
+    return csr_array((values, matrix.indices[is_wanted], starts), shape=(len(starts) - 1, matrix.shape[1]))
 
 
 def least_cost(program: Arrays, prices: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ scipy is imported only when a program is solved: importing it takes over a secon
 """
 
 from dataclasses import dataclass, field
+from itertools import chain
 from math import inf
 
 from placement.program.native_output import without_native_output
@@ -53,9 +54,10 @@ class Program:
         import numpy as np
         from scipy.sparse import csr_array
 
-        starts = np.cumsum([0] + [len(terms) for terms, _, _ in self.rows])
-        columns = np.fromiter((column for terms, _, _ in self.rows for column in terms), dtype=np.int64)
-        values = np.fromiter((value for terms, _, _ in self.rows for value in terms.values()), dtype=np.float64)
+        rows = [terms for terms, _, _ in self.rows]
+        starts = np.cumsum([0, *map(len, rows)])
+        columns = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=starts[-1])
+        values = np.fromiter(chain.from_iterable(map(dict.values, rows)), dtype=np.float64, count=starts[-1])
         return Arrays(
             np.array(self.costs),
             csr_array((values, columns, starts), shape=(len(self.rows), len(self.costs))),

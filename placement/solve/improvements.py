@@ -105,7 +105,8 @@ def _with_more(candidate: Candidate, block: _Block, homes: list[int]) -> Iterato
     """The candidate with these homes, once taken from what the CPU computes first, once from what streams; its spread
     as it was."""
     problem, seen = candidate.problem, []
-    for from_cpu in (True, False):
+    is_paired = len(block.layers[0]) > 1  # whose streams stay as whole as they were
+    for from_cpu in (True,) if is_paired else (True, False):
         placed = list(candidate.linears)
         for layer, home in zip(block.layers, homes, strict=True):
             units = placed[layer[-1]].units
@@ -113,7 +114,7 @@ def _with_more(candidate: Candidate, block: _Block, homes: list[int]) -> Iterato
                 own_home, rest = divmod(home * placed[index].units, units)
                 if rest:
                     return
-                placed[index] = _at_home(placed[index], own_home, from_cpu or len(layer) > 1)
+                placed[index] = _at_home(placed[index], own_home, from_cpu)
         allowed = all(problem.bounds.linears[index].allows(placed[index]) for layer in block.layers for index in layer)
         if allowed and placed not in seen:
             seen.append(placed)

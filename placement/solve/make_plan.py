@@ -6,21 +6,31 @@ from math import inf
 from typing import NamedTuple
 
 from placement.cost.model import predict
-from placement.cost.objective import objective_s, reference_batch, reference_calls, reference_context, reference_prompt
+from placement.cost.objective import (
+    layers_objective_s,
+    reference_batch,
+    reference_calls,
+    reference_context,
+    reference_prompt,
+)
 from placement.machine.hardware import HardwareProfile
-from placement.plan.phase import Prediction
+from placement.plan.phase import PhaseCost, Prediction
+from placement.plan.placed import placed_layers
 from placement.plan.plan import CURVE_CONTEXTS, Means, Plan, build_plan
 from placement.plan.workload import Workload
 from placement.policy.bind import bind
+from placement.policy.bounds import Bounds
 from placement.policy.policy import Policy
 from placement.policy.problems import PolicyError
 from placement.solve.decisions import Budgets
 from placement.solve.pairing import block_apart, is_paired, paired_workload
-from placement.solve.problem import Candidate, Problem, fastest_first, fixed_candidate
+from placement.solve.problem import Candidate, Problem, fastest_first, fixed_candidate, only_placements
 from placement.solve.refusals import BudgetError, budget_error, refusal
 from placement.solve.request import PlanRequest, requested
 from placement.solve.search import candidates, candidates_of_gpu_alone, least_bytes
 from placement.solve.whole_units import complete
+
+KnownBounds = dict[tuple[object, ...], Bounds]  # by the linears and the slots that they follow from
 
 
 def make_plan(
@@ -43,10 +53,10 @@ def plan_requested(asked: PlanRequest) -> Plan:
 
 
 def plan_for_figures(asked: PlanRequest) -> Plan:
-    """`plan_requested` for who wants its memory and what is predicted of it alone: row tiers that no reference request
-    has, of which neither depends, stream nothing. Each would be a program to solve."""
+    """`plan_requested` for who wants its memory and what is predicted of the reference request alone: row tiers that no
+    such request has, of which neither depends, stream nothing. Each would be a program to solve."""
     requests, found = _searched(asked)
-    return _plan_of_fastest(requests, found, in_every_tier=False)
+    return _plan_of_fastest(requests, found, for_figures=True)
 
 
 class Searched(NamedTuple):
@@ -71,11 +81,13 @@ def _searched(asked: PlanRequest) -> tuple[list[PlanRequest], list[Candidate]]:
     """
     requests: list[PlanRequest] = []
     found: list[Candidate] = []
-    for workload in asked.workload.in_smaller_chunks():
-        in_chunks = replace(asked, workload=workload)
-        tried = [request for shape in shapes(in_chunks) for request in _with_chunks(shape)]
+    known: KnownBounds = {}
+    every_shape = shapes(asked, known)
+    for workloads in zip(*(shape.workload.in_smaller_chunks() for shape in every_shape), strict=True):
+        in_chunks = [replace(shape, workload=workload) for shape, workload in zip(every_shape, workloads, strict=True)]
+        tried = [request for shape in in_chunks for request in _with_chunks(shape)]
         requests += tried
-        problems = [problem_of(request) for request in tried]
+        problems = [problem_of(request, known) for request in tried]
         fitting = [each for each in found if each.fits]
         found = _ranked([*fitting, *_candidates(problems, asked.device != "cpu", _to_beat(fitting))])
         smallest = min(request.workload.prefill_chunk for request in tried)
@@ -101,10 +113,10 @@ def fastest_plan(requests: Sequence[PlanRequest]) -> tuple[Plan, PlanRequest] | 
     return _plan_of_fastest(requests, best), _request_of(requests, best[0])
 
 
-def _plan_of_fastest(requests: Sequence[PlanRequest], found: Sequence[Candidate], in_every_tier: bool = True) -> Plan:
+def _plan_of_fastest(requests: Sequence[PlanRequest], found: Sequence[Candidate], for_figures: bool = False) -> Plan:
     best = found[0]
     request = replace(_request_of(requests, best), workload=best.problem.workload)
-    plan = plan_of(request, complete(best) if in_every_tier else best)
+    plan = plan_of(request, best if for_figures else complete(best), by_context=not for_figures)
     _check_budgets(request, plan)
     return plan
 
@@ -114,15 +126,15 @@ def _request_of(requests: Sequence[PlanRequest], found: Candidate) -> PlanReques
     return next(each for each in requests if each.workload.is_called_alike(found.problem.workload))
 
 
-def shapes(request: PlanRequest) -> list[PlanRequest]:
-    """The request for every shape that its policy and its rules allow."""
+def shapes(request: PlanRequest, known: KnownBounds | None = None) -> list[PlanRequest]:
+    """The request for every shape that its policy and its rules allow. known: as for `problem_of`."""
     if not request.may_pair or request.policy.shape == "column":
         return [request]
     paired = replace(request, workload=paired_workload(request.workload))
     if request.policy.shape == "paired":
         return [paired]
     try:
-        problem_of(paired)
+        problem_of(paired, known)
     except PolicyError:
         return [request]
     return [request, paired]
@@ -169,8 +181,9 @@ def _may_hold_weights(problem: Problem) -> bool:
     return budgets.host is None or weights <= budgets.gpu + budgets.host
 
 
-def problem_of(request: PlanRequest) -> Problem:
-    """What the search is asked; raises PolicyError for rules that cannot be met."""
+def problem_of(request: PlanRequest, known: KnownBounds | None = None) -> Problem:
+    """What the search is asked; raises PolicyError for rules that cannot be met. known: bounds of this request with
+    other prefill chunks, to which its own are added; whoever gives it keeps the requests."""
     limits, fixed = request.limits, request.fixed_bytes
     budgets = Budgets(
         *(
@@ -178,15 +191,24 @@ def problem_of(request: PlanRequest) -> Problem:
             for place in ("gpu", "pinned", "host")
         )
     )
-    bounds = bind(request.policy, request.workload, request.device)
-    problem = Problem(
-        request.workload, request.hardware, bounds, request.policy.objective, request.staging_slots, budgets
-    )
-    only = fixed_candidate(problem, request.device != "cpu")
-    apart = block_apart(request.workload, only.linears) if only else None
-    if apart:
-        raise PolicyError([_apart(request.policy, apart)])
-    return problem
+    bounds = _bounds_of(request, {} if known is None else known)
+    return Problem(request.workload, request.hardware, bounds, request.policy.objective, request.staging_slots, budgets)
+
+
+def _bounds_of(request: PlanRequest, known: KnownBounds) -> Bounds:
+    """What the rules leave open, which follows from linears and the slots of the cache. Raises PolicyError."""
+    policy, workload = request.policy, request.workload
+    counts_slots = any(rule.kv is not None and isinstance(rule.kv.gpu_tokens, int) for rule in policy.rules)
+    slots = *map(workload.layer_tokens, workload.kv), workload.min_gpu_tokens if counts_slots else None
+    key = id(workload.linears), slots
+    if key not in known:
+        bounds = bind(policy, workload, request.device)
+        only = only_placements(workload, bounds)
+        apart = block_apart(workload, only[0]) if only else None
+        if apart:
+            raise PolicyError([_apart(policy, apart)])
+        known[key] = bounds
+    return known[key]
 
 
 def _apart(policy: Policy, what: str) -> str:
@@ -196,8 +218,8 @@ def _apart(policy: Policy, what: str) -> str:
     )
 
 
-def plan_of(request: PlanRequest, candidate: Candidate) -> Plan:
-    """A candidate's placement as a plan, with what is predicted of it."""
+def plan_of(request: PlanRequest, candidate: Candidate, by_context: bool = True) -> Plan:
+    """A candidate's placement as a plan, with what is predicted of it. by_context: as for `predict_plan`."""
     plan = build_plan(
         request.workload,
         candidate.linears,
@@ -211,20 +233,19 @@ def plan_of(request: PlanRequest, candidate: Candidate) -> Plan:
         ),
         objective=request.policy.objective,
     )
-    return replace(plan, predicted=predict_plan(plan, request.hardware))
+    return replace(plan, predicted=predict_plan(plan, request.hardware, by_context))
 
 
-def predict_plan(plan: Plan, hardware: HardwareProfile) -> Prediction:
-    """Predicted cost of both phases at the reference request, and of decoding along the context."""
+def predict_plan(plan: Plan, hardware: HardwareProfile, by_context: bool = True) -> Prediction:
+    """Predicted cost of both phases at the reference request and, unless nobody asks, of decoding along the context."""
     workload, on_gpu = plan.workload, plan.device != "cpu"
-    batch = reference_batch(workload, plan.objective)
+    batch, layers = reference_batch(workload, plan.objective), placed_layers(workload, plan.linears, plan.kv)
 
-    def cost(phase: str, rows: int, context: int):
-        return predict(
-            workload, plan.linears, plan.kv, hardware, phase=phase, rows=rows, context=context, on_gpu=on_gpu
-        )
+    def cost(phase: str, rows: int, context: int) -> PhaseCost:
+        sizes = {"rows": rows, "context": context}
+        return predict(workload, plan.linears, plan.kv, hardware, phase=phase, on_gpu=on_gpu, layers=layers, **sizes)
 
-    seconds = objective_s(workload, plan.linears, plan.kv, hardware, reference_calls(workload, plan.objective), on_gpu)
+    seconds = layers_objective_s(workload, layers, hardware, reference_calls(workload, plan.objective), on_gpu)
     contexts = sorted({context for context in CURVE_CONTEXTS if context < plan.max_context} | {plan.max_context})
     return Prediction(
         hardware.name,
@@ -232,7 +253,7 @@ def predict_plan(plan: Plan, hardware: HardwareProfile) -> Prediction:
         seconds,
         cost("decode", batch, reference_context(workload, batch)),
         cost("prefill", reference_prompt(workload), 0),
-        tuple(cost("decode", batch, context) for context in contexts),
+        tuple(cost("decode", batch, context) for context in contexts if by_context),
     )
 
 

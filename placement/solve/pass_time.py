@@ -173,7 +173,8 @@ class PassTime:
             self._head_launch_s += scale * cost.launch_s * count
         else:
             add(self._tail, streamed, copy)
-            at_home, piece = least_products(shard, rows, self._unknowns.workload, self._hardware)
+            compute = partial(least_products, shard, rows, self._unknowns.workload, self._hardware)
+            at_home, piece = self._known.once(("products", shard.shape, rows), compute)
             add(self._products, variables.gpu, at_home)
             add(self._products, streamed, piece)
         # Where another resource decides, the least streaming among equals: less noise on the bus, fewer staging waits.

@@ -3,11 +3,11 @@
 So the prediction that a plan prints is the number that chose it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
-from placement.cost.baselines import NO_STREAM, largest_layer_split, layer_split, stream_all
+from placement.cost.baselines import everything_at_home, largest_layer_split, layer_split, stream_all
 from placement.cost.objective import judged_s, layers_objective_s, reference_calls
 from placement.cost.tally import KnownCosts
 from placement.cost.terms import WeightedCall, step_s
@@ -132,45 +132,61 @@ class Candidate:
         return all(limit is None or self.used_bytes[place] <= limit for place, limit in limits.items())
 
 
-def fixed_candidate(problem: Problem, on_gpu: bool) -> Candidate | None:
-    """The only placement that the bounds allow, or None when something is left to choose."""
-    bounds = problem.bounds
+Placements = tuple[tuple[LinearPlacement, ...], tuple[KvPlacement, ...]]
+
+
+def only_placements(workload: Workload, bounds: Bounds) -> Placements | None:
+    """The only ones that the bounds allow, or None when something is left to choose."""
     if not all(b.fixed for b in bounds.linears) or any(
         b.gpu_kv_heads is None or b.gpu_tokens is None for b in bounds.kv
     ):
         return None
     linears = tuple(
         LinearPlacement(s.name, b.gpu, b.stream, s.units, b.expert_slots or 0)
-        for s, b in zip(problem.workload.linears, bounds.linears, strict=True)
+        for s, b in zip(workload.linears, bounds.linears, strict=True)
     )
     kv = tuple(
         KvPlacement(s.name, b.gpu_kv_heads, b.gpu_tokens, s.kv_heads)
-        for s, b in zip(problem.workload.kv, bounds.kv, strict=True)
+        for s, b in zip(workload.kv, bounds.kv, strict=True)
     )
-    return Candidate(problem, "as the rules say", linears, kv, on_gpu=on_gpu)
+    return linears, kv
 
 
-def known_placements(problem: Problem, only_whole: bool = False) -> Iterator[Candidate]:
-    """Placements that need no search, where the bounds and the machine allow them: what other systems do, and the
-    simplest of all. only_whole: everything in GPU memory alone."""
-    workload = problem.workload
-    everything = (
-        tuple(LinearPlacement(s.name, s.units, NO_STREAM, s.units) for s in workload.linears),
-        tuple(KvPlacement(s.name, s.kv_heads, workload.layer_tokens(s), s.kv_heads) for s in workload.kv),
-    )
-    placed = [("everything in GPU memory", everything)]
-    if not only_whole:
-        layers = largest_layer_split(workload, problem.budgets.gpu)
-        placed += [
-            ("every weight streamed", stream_all(workload)),
-            (f"{layers} whole layers on the GPU", layer_split(workload, layers)),
-            ("everything on the CPU", layer_split(workload, 0)),
-        ]
-    for label, (linears, kv) in placed:
-        streams, in_decode = any(p.streams for p in linears), any(p.stream_units[0] for p in linears)
-        may_stream = problem.staging_slots and (problem.hardware.streams_in_decode or not in_decode)
-        if problem.bounds.allow(linears, kv) and (may_stream or not streams):
-            yield Candidate(problem, label, linears, kv)
+def fixed_candidate(problem: Problem, on_gpu: bool) -> Candidate | None:
+    """The only placement that the bounds allow, or None when something is left to choose."""
+    only = only_placements(problem.workload, problem.bounds)
+    return None if only is None else Candidate(problem, "as the rules say", *only, on_gpu=on_gpu)
+
+
+class KnownPlacements:
+    """Placements that need no search, made once for all problems whose linears and caches are the same."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[object, ...], tuple[Workload, Placements]] = {}
+
+    def of(self, problem: Problem, only_whole: bool = False) -> Iterator[Candidate]:
+        """Those that the bounds and the machine allow: what other systems do, and the simplest of all. only_whole:
+        everything in GPU memory alone."""
+        placed: list[tuple[str, Callable[[Workload], Placements]]] = [("everything in GPU memory", everything_at_home)]
+        if not only_whole:
+            layers = largest_layer_split(problem.workload, problem.budgets.gpu)
+            placed += [
+                ("every weight streamed", stream_all),
+                (f"{layers} whole layers on the GPU", partial(layer_split, gpu_layers=layers)),
+                ("everything on the CPU", partial(layer_split, gpu_layers=0)),
+            ]
+        for label, place in placed:
+            linears, kv = self._once(problem.workload, label, place)
+            streams, in_decode = any(p.streams for p in linears), any(p.stream_units[0] for p in linears)
+            may_stream = problem.staging_slots and (problem.hardware.streams_in_decode or not in_decode)
+            if problem.bounds.allow(linears, kv) and (may_stream or not streams):
+                yield Candidate(problem, label, linears, kv)
+
+    def _once(self, workload: Workload, label: str, place: Callable[[Workload], Placements]) -> Placements:
+        key = label, id(workload.linears), *map(workload.layer_tokens, workload.kv)
+        if key not in self._made:
+            self._made[key] = workload, place(workload)
+        return self._made[key][1]
 
 
 def fastest_first(found: Iterable[Candidate]) -> list[Candidate]:

@@ -14,7 +14,7 @@ from placement.plan.workload import round_up
 from placement.solve.decisions import Budgets
 from placement.solve.formulation import Formulation, formulation
 from placement.solve.improvements import in_expert_slots, with_room_used
-from placement.solve.problem import Candidate, Problem, fastest_first, known_placements
+from placement.solve.problem import Candidate, KnownPlacements, Problem, fastest_first
 from placement.solve.whole_units import filled_up, free_tokens, laid_out, with_tokens
 
 # Placements that are tried with every prefill chunk, the fastest first.
@@ -94,9 +94,10 @@ def _known(problems: Sequence[Problem]) -> Iterator[Candidate]:
     """Placements that need no search and keep the budgets; of problems that ask for the same passes all of them once,
     and everything in GPU memory for each."""
     seen: set[Hashable] = set()
+    known = KnownPlacements()
     for problem in problems:
         passes = _passes(problem)
-        yield from (each for each in known_placements(problem, only_whole=passes in seen) if each.fits)
+        yield from (each for each in known.of(problem, only_whole=passes in seen) if each.fits)
         seen |= {passes} if passes else set()
 
 
