@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,11 +15,14 @@ from hetero_attn.cli.shell.collector import collector_at_rest
 from hetero_attn.errors import MemoryBudgetError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hetero_attn.cli.shell.second_process import SecondProcess
     from hetero_attn.planning.draft import Drafted
     from hetero_attn.planning.options import LoadOptions
     from hetero_attn.planning.settle import Asked, PlannedModel
     from placement import HardwareProfile
-    from placement.explain.explanation import Explanation
+    from placement.explain.explanation import Estimate, Explanation
 
 
 @options.spread
@@ -48,11 +52,16 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Show what of a model would live on which lane, the bytes and the predicted speed."""
+    from hetero_attn.cli.shell.second_process import SecondProcess
+
     expect_writable(plot, yaml)
     only_policy = str(yaml) == "-"  # a policy on stdout is all that its reader wants
-    with collector_at_rest():
-        drafted, fits = _planned(loading, model, hardware, speculate, on_stderr=as_json or only_policy)
-        explanation = explained(drafted.planned) if explain and not only_policy else None
+    explain = explain and not only_policy
+    with collector_at_rest(), SecondProcess(gains_of, ["placement.explain.explain"]) as beside:
+        settle = partial(settled_or_refused, beside=beside if explain else None)
+        wishes = loading.options(model, hardware=machine(hardware), speculate=speculate)
+        drafted, fits = _planned(wishes, settle, on_stderr=as_json or only_policy)
+        explanation = explained(drafted.planned, beside) if explain else None
     if as_json:
         drafts = {} if drafted.wish == "off" else {"speculation": drafted.to_dict()}
         print_json((explanation or drafted.planned.plan).to_dict() | drafts)
@@ -67,16 +76,15 @@ def plan(
 
 
 def _planned(
-    loading: options.Loading, model: str, hardware: str | None, speculate: str | None, on_stderr: bool
+    wishes: LoadOptions, settle: Callable[[LoadOptions, Asked], PlannedModel], on_stderr: bool
 ) -> tuple[Drafted, bool]:
     """What the options ask for, planned, and whether it fits, of which is said what is to be said first."""
     from hetero_attn.engine.measure import refresh_profile
     from hetero_attn.planning.draft import settle_drafted
 
-    wishes = loading.options(model, hardware=machine(hardware), speculate=speculate)
     if wishes.asks_for_this_machine:
-        refresh_profile(lambda: settle_drafted(wishes, settled_or_refused))
-    drafted = settle_drafted(wishes, settled_or_refused)
+        refresh_profile(lambda: settle_drafted(wishes, settle))
+    drafted = settle_drafted(wishes, settle)
     return drafted, _said_to_fit(wishes, drafted, on_stderr)
 
 
@@ -115,23 +123,35 @@ def show(drafted: Drafted, explanation: Explanation | None, fits: bool) -> None:
         typer.echo(wrapped(line, width))
 
 
-def settled_or_refused(wishes: LoadOptions, asked: Asked) -> PlannedModel:
-    """The planned model; a budget that no plan can meet is refused with the options that would fit."""
+def settled_or_refused(wishes: LoadOptions, asked: Asked, beside: SecondProcess | None = None) -> PlannedModel:
+    """The planned model; a budget that no plan can meet is refused with the options that would fit. beside: what is to
+    be forked before anything is solved."""
     from hetero_attn.planning.fitting import would_fit
     from hetero_attn.planning.settle import settle
 
+    if beside is not None and asked.device != "cpu":
+        beside.fork()
     try:
         return settle(wishes, asked)
     except MemoryBudgetError as error:
         raise MemoryBudgetError(f"does not fit: {error}; {would_fit(wishes)}") from None
 
 
-def explained(planned: PlannedModel) -> Explanation:
-    """Plan again with more of each resource; takes several times as long as the plan."""
+def gains_of(*arguments: Any) -> tuple[Estimate, ...]:
+    """What more of each resource would bring: arguments of `gains`."""
+    from placement.explain.comparisons import gains
+
+    return tuple(gains(*arguments))
+
+
+def explained(planned: PlannedModel, beside: SecondProcess) -> Explanation:
+    """Plan again with more of each resource, which `beside` does, and with less; takes several times as long as the
+    plan."""
     from hetero_attn.serving.progress import working
     from placement.explain.explain import explain
 
     made = planned.plan
+    beside.call(planned.workload, planned.hardware, planned.policy, made)
     with working("looking for what would help"):
         return explain(
             planned.workload,
@@ -140,6 +160,7 @@ def explained(planned: PlannedModel) -> Explanation:
             device=made.device,
             gpu_memory_bytes=made.gpu_memory_bytes,
             searched=planned.searched,
+            gains_beside=beside.result,
         )
 
 

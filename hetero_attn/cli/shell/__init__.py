@@ -1,1 +1,1 @@
-"""The shell that a command was started from: its streams."""
+"""What a command has around it: the streams of its shell, Python's collector, a process beside it."""
