@@ -146,8 +146,7 @@ class PassTime:
 
     def _linear(self, c: int, i: int, count: int, linear: LinearClass, tier: int, blocks: dict[str, _Stage]) -> None:
         shard, call, scale = linear.shard, self._weighted.call, self._scale
-        is_head = shard.is_head
-        block = blocks.get(shard.block)
+        is_head, block = shard.is_head, blocks.get(shard.block)
         rows = call.logits_rows if is_head else call.rows
         cost = self._stage_cost(shard, rows, block is not None)
         variables = self._unknowns.linears[c, i]
