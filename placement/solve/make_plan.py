@@ -30,7 +30,7 @@ from placement.solve.request import PlanRequest, requested
 from placement.solve.search import candidates, candidates_of_gpu_alone, least_bytes
 from placement.solve.whole_units import complete
 
-KnownBounds = dict[tuple[object, ...], Bounds]  # by the linears and the slots that they follow from
+KnownBounds = dict[tuple[object, ...], Bounds]  # by the linears and the tokens kept of their caches
 
 
 def make_plan(
@@ -196,11 +196,11 @@ def problem_of(request: PlanRequest, known: KnownBounds | None = None) -> Proble
 
 
 def _bounds_of(request: PlanRequest, known: KnownBounds) -> Bounds:
-    """What the rules leave open, which follows from linears and the slots of the cache. Raises PolicyError."""
+    """What the rules leave open, which follows from the linears and the tokens that the cache holds. Raises PolicyError."""
     policy, workload = request.policy, request.workload
-    counts_slots = any(rule.kv is not None and isinstance(rule.kv.gpu_tokens, int) for rule in policy.rules)
-    slots = *map(workload.layer_tokens, workload.kv), workload.min_gpu_tokens if counts_slots else None
-    key = id(workload.linears), slots
+    counts_tokens = any(rule.kv is not None and isinstance(rule.kv.gpu_tokens, int) for rule in policy.rules)
+    tokens = *map(workload.layer_tokens, workload.kv), workload.min_gpu_tokens if counts_tokens else None
+    key = id(workload.linears), tokens
     if key not in known:
         bounds = bind(policy, workload, request.device)
         only = only_placements(workload, bounds)
