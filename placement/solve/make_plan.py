@@ -196,7 +196,7 @@ def problem_of(request: PlanRequest, known: KnownBounds | None = None) -> Proble
 
 
 def _bounds_of(request: PlanRequest, known: KnownBounds) -> Bounds:
-    """What the rules leave open, which follows from the linears and the tokens that the cache holds. Raises PolicyError."""
+    """What the rules leave open, by the linears and the tokens that the cache holds. Raises PolicyError."""
     policy, workload = request.policy, request.workload
     counts_tokens = any(rule.kv is not None and isinstance(rule.kv.gpu_tokens, int) for rule in policy.rules)
     tokens = *map(workload.layer_tokens, workload.kv), workload.min_gpu_tokens if counts_tokens else None
