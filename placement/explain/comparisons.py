@@ -174,8 +174,10 @@ def _whole_layers(plan: Plan, hardware: HardwareProfile) -> Estimate:
     def speed(cost: PhaseCost, machine: HardwareProfile, streams_prompts: bool) -> float:
         linears, kv = layer_split(workload, layers, with_head, streams_prompts)
         shape = replace(workload, prefill_chunk=min(workload.prefill_chunk, BASELINE_CHUNK))
-        sizes = {"rows": cost.rows, "context": cost.context}
-        return predict(shape, linears, kv, machine, phase=cost.phase, on_gpu=True, **sizes).tokens_per_s
+        found = predict(
+            shape, linears, kv, machine, phase=cost.phase, rows=cost.rows, context=cost.context, on_gpu=True
+        )
+        return found.tokens_per_s
 
     count = f"{layers} whole layer{'' if layers == 1 else 's'}"
     label = "whole layers on the GPU, and the head" if with_head else f"{count} on the GPU, rest CPU"
