@@ -20,6 +20,7 @@ from cpu_kernels.attention.parameters import (
     state_bytes,
     vectors_at_once,
 )
+from cpu_kernels.attention.products.row_scores import query_weaver
 from cpu_kernels.attention.tiles import MINUS_INFINITY, page_at, q_line_writer, tile_at
 from cpu_kernels.team.arguments import DECODE
 from cpu_kernels.team.chunks import parameter
@@ -94,10 +95,12 @@ def tile_ahead(arguments, table, kv_head, kv_heads, position, last, steps):
     return tile_at(arguments, page, position, last)
 
 
-def load_queries(isa: Isa, kv_dtype: str, words: int):
+def load_queries(isa: Isa, kv_dtype: str, score_heads: int, words: int):
     """Function: one row's queries of a KV head, padding repeats the last one; and (m, l) of nothing."""
     has_codes, q_line = RowShape.of(kv_dtype).has_codes, q_line_bytes(kv_dtype, isa.has_bf16)
     load_q = q_code_writer(isa, kv_dtype, words) if has_codes else q_line_writer(isa, kv_dtype, apart=True)
+    weave = None if words else query_weaver(isa, score_heads)
+    is_woven = weave is not None
 
     @helper
     def load(arguments, row, kv_head, places, heads, lines):
@@ -114,6 +117,9 @@ def load_queries(isa: Isa, kv_dtype: str, words: int):
                 load_q(source, head_dim, lines, to)
             store_scalar(MINUS_INFINITY, running + HEAD_STATE * head)
             store_scalar(ZERO, running + HEAD_STATE * head + 4)
+        if is_woven:
+            for head in range(0, heads, score_heads):
+                weave(q + q_line * lines * head, q_line * lines)
 
     return load
 
@@ -122,7 +128,7 @@ def attend_item(isa: Isa, kv_dtype: str, score_heads: int, value_heads: int, wor
     """Function: one item, whose rows' bounds are set; False: a page is invalid."""
     take_tile, ask_tile, places_of = attend_tile(isa, kv_dtype, score_heads, value_heads, words, capped)
     load, acc_line, most_vectors = (
-        load_queries(isa, kv_dtype, words),
+        load_queries(isa, kv_dtype, score_heads, words),
         RowShape.of(kv_dtype).acc_bytes,
         vectors_at_once(words),
     )

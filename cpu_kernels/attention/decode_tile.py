@@ -26,7 +26,7 @@ from cpu_kernels.attention.parameters import (
     q_line_bytes,
     vectors_at_once,
 )
-from cpu_kernels.attention.products.row_scores import row_scores
+from cpu_kernels.attention.products.row_scores import is_woven, row_scores
 from cpu_kernels.attention.products.row_vectors import fetch
 from cpu_kernels.attention.products.scores import code_dots, part_block, plain_dots, whole_block
 from cpu_kernels.attention.products.values import value_strip
@@ -52,8 +52,9 @@ def tile_scores(isa: Isa, kv_dtype: str, score_heads: int, words: int):
 
 def plain_scores(isa: Isa, kv_dtype: str, score_heads: int):
     """As `tile_scores`, of rows of numbers as they lie in memory."""
-    scores_of, at_once = row_scores(isa, kv_dtype, score_heads), max(score_heads, JOINED_SCORES)
-    joined_scores, q_line = row_scores(isa, kv_dtype, at_once), q_line_bytes(kv_dtype, isa.has_bf16)
+    at_once, has_woven = max(score_heads, JOINED_SCORES), is_woven(score_heads)
+    scores_of = row_scores(isa, kv_dtype, score_heads, has_woven)
+    joined_scores, q_line = row_scores(isa, kv_dtype, at_once, has_woven), q_line_bytes(kv_dtype, isa.has_bf16)
 
     @helper
     def scores(arguments, rows, numbers, keys, ahead, places, vectors, lines):

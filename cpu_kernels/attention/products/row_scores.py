@@ -5,13 +5,16 @@ widened once for all queries of a tile, a line of a query loaded once for all of
 multiplies needs half of one that does not. Folding a tile costs a blend, a shuffle and an addition a sum, and leaves
 the sums in the lanes of one register.
 
+Four heads or more are woven in memory: woven query i has in every lane the number of that head which differs from i by
+the lane's own, so that the sums of all heads have their parts where folding adds them up, and no blend is needed.
+
 Where the CPU cannot multiply bf16, a line of a query lies in memory as its even numbers, then its odd ones.
 """
 
 from llvmlite import ir
 from numba import types
 
-from cpu_kernels.attention.parameters import HEAD_SCORES, LANES, LINE_BYTES, RowShape, q_line_bytes
+from cpu_kernels.attention.parameters import HEAD_SCORES, JOINED_SCORES, LANES, LINE_BYTES, RowShape, q_line_bytes
 from cpu_kernels.attention.products.row_vectors import key_rows
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.dot import line_products
@@ -20,24 +23,67 @@ from cpu_kernels.vectors.tiles import masked_line, zeros
 from cpu_kernels.vectors.vector import I32, I64, emits, float_vector, intp, load_as, picked, prefetch_value, store_as
 
 
-def folded(b, vectors):
-    """As many vectors as they have lanes -> one, whose lane i is the sum of the lanes of the i-th."""
-    lanes = len(vectors)
-    stride = lanes // 2
+def is_woven(heads: int) -> bool:
+    """Whether so many queries of a tile are woven: fewer are read by tiles of several rows too, which take more."""
+    return heads >= JOINED_SCORES
+
+
+def woven(b, vectors, keys: int):
+    """The same lanes of as many queries, a power of two -> woven ones, `keys` lanes a head; done twice they are back."""
+    step = 1
+    while step < len(vectors):
+        count = vectors[0].type.count
+        lanes = [lane + count if lane // keys & step else lane for lane in range(count)]
+        vectors = [picked(b, own, vectors[index ^ step], lanes) for index, own in enumerate(vectors)]
+        step *= 2
+    return vectors
+
+
+def folded(b, vectors, keys: int):
+    """As many vectors as they have lanes, [head][key] -> one, whose lane i is the sum of the lanes of the i-th.
+
+    keys: of a head whose queries are woven, 0 where they are not. Lanes are added in the same order either way.
+    """
+    lanes, stride = len(vectors), len(vectors) // 2
     while stride:
-        own = [lane + lanes if lane & stride else lane for lane in range(lanes)]
-        other = [lane ^ stride for lane in own]
-        pairs = zip(vectors[:stride], vectors[stride:])
-        vectors = [b.fadd(picked(b, *pair, own), picked(b, *pair, other)) for pair in pairs]
+        pairs = list(zip(vectors[: len(vectors) // 2], vectors[len(vectors) // 2 :]))
+        beside = [lane ^ stride for lane in range(lanes)]
+        if 0 < keys <= stride:
+            vectors = [b.fadd(first, picked(b, second, second, beside)) for first, second in pairs]
+        else:
+            own = [lane + lanes if lane & stride else lane for lane in range(lanes)]
+            other = [lane ^ stride for lane in own]
+            vectors = [b.fadd(picked(b, *pair, own), picked(b, *pair, other)) for pair in pairs]
         stride //= 2
     return vectors[0]
 
 
-def row_dots(isa: Isa, kv_dtype: str, heads: int):
+def query_weaver(isa: Isa, heads: int):
+    """Function: weave so many queries, `q bytes` apart, in place; None where they lie as they are."""
+    if not is_woven(heads):
+        return None
+    words, step = ir.VectorType(I32, isa.lanes), 4 * isa.lanes
+
+    @emits(types.void, intp, intp)
+    def weave_words(b, q, q_bytes):
+        queries = [b.add(q, b.mul(q_bytes, ir.Constant(I64, head))) for head in range(heads)]
+        vectors = [load_as(b, query, words) for query in queries]
+        for query, vector in zip(queries, woven(b, vectors, isa.lanes // heads)):
+            store_as(b, vector, query)
+
+    @helper
+    def weave(q, q_bytes):
+        for i in range(0, q_bytes, step):
+            weave_words(q + i, q_bytes)
+
+    return weave
+
+
+def row_dots(isa: Isa, kv_dtype: str, heads: int, has_woven: bool):
     """Functions on the sums of a tile of `heads` queries: zeros, a line of its keys added, a part of a line added, and
     the sums to the scores. With a line as much memory is asked for `ahead`.
 
-    Queries are `q bytes` apart, keys `row bytes`; keys beyond `last` repeat it.
+    Queries are `q bytes` apart, woven or not, keys `row bytes`; keys beyond `last` repeat it.
     """
     lanes = isa.lanes
     keys, pieces, piece_bytes = lanes // heads, LANES // lanes, 4 * lanes
@@ -78,19 +124,19 @@ def row_dots(isa: Isa, kv_dtype: str, heads: int):
 
     @emits(types.void, tile, intp)
     def store(b, sums, to):
-        scores = folded(b, [b.extract_value(sums, index) for index in range(lanes)])
+        scores = folded(b, [b.extract_value(sums, index) for index in range(lanes)], keys if has_woven else 0)
         for head in range(heads):
             store_as(b, picked(b, scores, scores, list(range(keys * head, keys * head + keys))), to, HEAD_SCORES * head)
 
     return zeros(lanes, lanes), add_line, add_part, store
 
 
-def row_scores(isa: Isa, kv_dtype: str, heads: int):
+def row_scores(isa: Isa, kv_dtype: str, heads: int, has_woven: bool):
     """Function: scores[head][key] of a tile of keys, `heads` of the item's heads at a time.
 
     `ahead` is where the K of the tile to ask for begins.
     """
-    zero_tile, add_line, add_part, store = row_dots(isa, kv_dtype, heads)
+    zero_tile, add_line, add_part, store = row_dots(isa, kv_dtype, heads, has_woven)
     keys_at_once, line_items = isa.lanes // heads, RowShape.of(kv_dtype).line_items
     q_line = q_line_bytes(kv_dtype, isa.has_bf16)
 
