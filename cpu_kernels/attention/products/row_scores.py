@@ -39,6 +39,21 @@ def woven(b, vectors, keys: int):
     return vectors
 
 
+def exchanged(b, vectors, width: int):
+    """Vectors of runs of `width` lanes, as many as a vector has runs -> run i of vector j is run j of vector i."""
+    count, step = len(vectors), 1
+    lanes = range(count * width)
+    while step < count:
+        low = [lane + (count - step) * width if lane // width & step else lane for lane in lanes]
+        high = [lane + count * width if lane // width & step else lane + step * width for lane in lanes]
+        turned = list(vectors)
+        for index in (index for index in range(count) if not index & step):
+            pair = vectors[index], vectors[index + step]
+            turned[index], turned[index + step] = picked(b, *pair, low), picked(b, *pair, high)
+        vectors, step = turned, 2 * step
+    return vectors
+
+
 def folded(b, vectors, keys: int):
     """As many vectors as they have lanes, [head][key] -> one, whose lane i is the sum of the lanes of the i-th.
 
@@ -122,13 +137,25 @@ def row_dots(isa: Isa, kv_dtype: str, heads: int, has_woven: bool):
         lines = [[picked(b, line, line, list(range(first, first + lanes))) for line in whole] for first in firsts]
         return add_products(b, sums, lines, q, q_bytes)
 
-    @emits(types.void, tile, intp)
-    def store(b, sums, to):
+    @emits(types.void, tile, intp, intp)
+    def store(b, sums, to, key):
         scores = folded(b, [b.extract_value(sums, index) for index in range(lanes)], keys if has_woven else 0)
+        if has_woven:
+            block, tile_of_block = (ir.Constant(I64, number) for number in (lanes, keys))
+            inside = b.mul(b.udiv(b.urem(key, block), tile_of_block), ir.Constant(I64, HEAD_SCORES))
+            store_as(b, scores, b.add(b.add(to, inside), b.mul(b.udiv(key, block), ir.Constant(I64, piece_bytes))))
+            return
+        to = b.add(to, b.mul(key, ir.Constant(I64, 4)))
         for head in range(heads):
             store_as(b, picked(b, scores, scores, list(range(keys * head, keys * head + keys))), to, HEAD_SCORES * head)
 
-    return zeros(lanes, lanes), add_line, add_part, store
+    @emits(types.void, intp)
+    def turn(b, block):
+        vectors = [load_as(b, block, words, HEAD_SCORES * index) for index in range(heads)]
+        for head, vector in enumerate(exchanged(b, vectors, keys)):
+            store_as(b, vector, block, HEAD_SCORES * head)
+
+    return zeros(lanes, lanes), add_line, add_part, store, turn
 
 
 def row_scores(isa: Isa, kv_dtype: str, heads: int, has_woven: bool):
@@ -136,8 +163,8 @@ def row_scores(isa: Isa, kv_dtype: str, heads: int, has_woven: bool):
 
     `ahead` is where the K of the tile to ask for begins.
     """
-    zero_tile, add_line, add_part, store = row_dots(isa, kv_dtype, heads, has_woven)
-    keys_at_once, line_items = isa.lanes // heads, RowShape.of(kv_dtype).line_items
+    zero_tile, add_line, add_part, store, turn = row_dots(isa, kv_dtype, heads, has_woven)
+    block_keys, keys_at_once, line_items = isa.lanes, isa.lanes // heads, RowShape.of(kv_dtype).line_items
     q_line = q_line_bytes(kv_dtype, isa.has_bf16)
 
     @helper
@@ -154,7 +181,11 @@ def row_scores(isa: Isa, kv_dtype: str, heads: int, has_woven: bool):
                 if whole < lines:
                     left, line_at = head_dim - line_items * whole, at + q_line * whole
                     sums = add_part(sums, row + LINE_BYTES * whole, row_bytes, last, line_at, q_bytes, left)
-                store(sums, to + HEAD_SCORES * head + 4 * key)
+                store(sums, to + HEAD_SCORES * head, key)
             ahead += LINE_BYTES * keys_at_once * lines
+        if has_woven:
+            for head in range(0, all_heads, heads):
+                for key in range(0, keys, block_keys):
+                    turn(to + HEAD_SCORES * head + 4 * key)
 
     return scores
