@@ -16,7 +16,7 @@ LANES = 16  # of a register, as in vectors/vector.py, which a warm start does no
 SPLIT_TILES = 8  # tiles of a split; shorter ones cost more in merging than they balance
 PREFILL_SCORES = 4  # query vectors per score tile: 4 x 64 keys fill 16 registers
 PREFILL_VALUES = 8  # query vectors per pass over V
-LONG_ROW = 128  # dims from which on heads that share keys take them as they lie
+LONG_ROW = 128  # dims from which on eight heads that share keys take them as they lie
 ROWS_TOGETHER = 16  # rows of one sequence, at most, that are an item of decode; as many as linears sum alike
 ROW_VECTORS = 8  # query vectors that take a tile of rows as they lie together: their q is read again for a few keys
 BLOCK_VECTORS = 32  # of a tile whose keys are transposed: the more, the fewer times that is done
@@ -96,8 +96,9 @@ class DecodeTiles:
         if not shape.has_codes:
             most = 8 if padded % 8 == 0 else min(padded, 4)
             fitting = most if isa.has_avx512 else min(most, NARROW_VALUES)
-            # Folding a row's sums pays where a row is long and widened, or shared by several heads.
-            is_transposed = kv_dtype == "bf16" and isa.has_bf16 and (fitting < 4 or head_dim < LONG_ROW)
+            # Folding a row's sums pays where it is widened, long or read from memory by few heads, not by one alone.
+            is_folded = fitting == 4 or (fitting == 8 and head_dim >= LONG_ROW)
+            is_transposed = kv_dtype == "bf16" and isa.has_bf16 and not is_folded
             return cls(fitting, fitting, LANES if is_transposed else 0)
         row_words = shape.lines(head_dim) * shape.group_words
         words = next(words for words in (16, 8, 4) if row_words % words == 0)
