@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from whole_model import machine as hardware
 
-from cpu_kernels import CpuKernels, advise_huge_pages
+from cpu_kernels import CpuKernels, fresh_memory
 from cpu_kernels.contract import ChunkKeys, Pages, Partial, RowKeys
 from cpu_kernels.formats import pages as kv_layout
 from cpu_kernels.formats import unit_bytes
@@ -52,10 +52,8 @@ KV_TOKENS = (4096, 16384, 65536, 131072)
 
 
 def memory(size_bytes: int) -> torch.Tensor:
-    """Touched memory in huge pages where the system grants them."""
-    tensor = torch.empty(size_bytes, dtype=torch.uint8)
-    advise_huge_pages(tensor)
-    return tensor.zero_()
+    """Touched memory as the runtime's weights and cache have it: in huge pages where the system grants them."""
+    return fresh_memory((size_bytes,), torch.uint8).zero_()
 
 
 def random_weight(weight_dtype: str, size_bytes: int) -> torch.Tensor:
@@ -146,6 +144,11 @@ def random_cache(kv_dtype: str, pages: int, head_dim: int) -> torch.Tensor:
     return cache
 
 
+def copy_of(cache: torch.Tensor) -> torch.Tensor:
+    """The same cache once more, in memory of the same kind."""
+    return memory(cache.nbytes).view(cache.dtype).view(cache.shape).copy_(cache)
+
+
 def in_order(pages: int, kv_heads: int) -> torch.Tensor:
     """Page table int32 [kv_heads, pages of a head] as the runtime fills it: a token's heads side by side."""
     return torch.arange(pages, dtype=torch.int32).view(-1, kv_heads).T.contiguous()
@@ -164,7 +167,7 @@ def decodes(
         pages, num_heads, scale = kv_len // 64 * kv_heads, kv_heads * queries_per_kv, head_dim**-0.5
         cache = random_cache(kv_dtype, pages, head_dim)
         copies = 1 if repetitions == 1 else -(-COLD_BYTES // cache.nbytes)
-        turns = cycle([cache, *(cache.clone() for _ in range(copies - 1))])
+        turns = cycle([cache, *(copy_of(cache) for _ in range(copies - 1))])
         table = in_order(pages, kv_heads)
 
         def sweep(turns=turns) -> None:

@@ -29,7 +29,7 @@ def is_woven(heads: int) -> bool:
 
 
 def woven(b, vectors, keys: int):
-    """The same lanes of as many queries, a power of two -> woven ones, `keys` lanes a head; done twice they are back."""
+    """The same words of so many queries, a power of two -> of the woven ones, `keys` lanes a head."""
     step = 1
     while step < len(vectors):
         count = vectors[0].type.count
