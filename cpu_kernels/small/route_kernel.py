@@ -162,6 +162,28 @@ def choose(logits, choices, marks, count, top_k, is_sigmoid, correction, groups,
 
 
 @helper
+def keep_chosen(scores, marks, count, ids, weights):
+    """Write the experts that are TAKEN, ascending, and their scores; returns the sum of these."""
+    pick, total = 0, types.float32(0.0)
+    for e in range(count):
+        if load_i32(marks + 4 * e) == TAKEN:
+            store_word(e, ids + 4 * pick)
+            weight = load_scalar(scores + 4 * e)
+            store_scalar(weight, weights + 4 * pick)
+            total += weight
+            pick += 1
+    return total
+
+
+@helper
+def scale_weights(weights, count, divisor, scale):
+    """weights = weights / divisor * scale, each step rounded to float32."""
+    for pick in range(count):
+        share = types.float32(load_scalar(weights + 4 * pick) / divisor)
+        store_scalar(types.float32(share * scale), weights + 4 * pick)
+
+
+@helper
 def sort_picks(ids, places, sources, starts, rows, top_k, experts):
     """Positions of all picks in the order of their experts, then of their rows."""
     for e in range(experts + 1):
@@ -239,17 +261,9 @@ def route():
                 parameter(arguments, ROUTE.groups),
                 parameter(arguments, ROUTE.kept_groups),
             )
-            pick, total = 0, types.float32(0.0)
-            for e in range(experts):
-                if load_i32(marks + 4 * e) == TAKEN:
-                    store_word(e, ids + 4 * (row * top_k + pick))
-                    weight = load_scalar(logits + 4 * e)
-                    store_scalar(weight, to + 4 * pick)
-                    total += weight
-                    pick += 1
+            total = keep_chosen(logits, marks, experts, ids + 4 * row * top_k, to)
             divisor = types.float32(total + real_parameter(arguments, ROUTE.eps)) if normalise else ONE
-            for pick in range(top_k):
-                store_scalar(types.float32(types.float32(load_scalar(to + 4 * pick) / divisor) * scale), to + 4 * pick)
+            scale_weights(to, top_k, divisor, scale)
             store_scalar(sigmoid(gate) if gated else ONE, to + 4 * top_k)
             finish(arguments, 1)
             row = take(arguments, 1)
