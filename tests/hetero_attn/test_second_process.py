@@ -32,7 +32,7 @@ def run(script: str) -> str:
 @FORKS
 def test_it_is_called_in_another_process_with_what_it_was_given():
     found = run("""
-os.cpu_count = lambda: 2
+os.sched_getaffinity = lambda process: {0, 1}
 with SecondProcess(where, ["json.tool"]) as beside:
     beside.fork()
     assert "json.tool" in sys.modules
@@ -45,7 +45,7 @@ print(process != here, arguments)
 
 
 @pytest.mark.parametrize(
-    "why", ["sys.modules['scipy.optimize'] = os", "os.cpu_count = lambda: 1", "sys.platform = 'x'"]
+    "why", ["sys.modules['scipy.optimize'] = os", "os.sched_getaffinity = lambda process: {0}", "sys.platform = 'x'"]
 )
 def test_it_is_called_here_where_no_process_is_forked(why):
     found = run(f"""
@@ -66,7 +66,7 @@ with SecondProcess(where) as beside:
 )
 def test_what_the_other_process_fails_at_is_found_here(function, result):
     found = run(f"""
-os.cpu_count = lambda: 2
+os.sched_getaffinity = lambda process: {0, 1}
 with SecondProcess({function}) as beside:
     beside.fork()
     beside.call()
@@ -84,7 +84,7 @@ with SecondProcess({function}) as beside:
 def test_a_process_whose_result_nobody_wants_ends_with_its_block(asked):
     found = run(f"""
 import time
-os.cpu_count = lambda: 2
+os.sched_getaffinity = lambda process: {0, 1}
 with SecondProcess(lambda: time.sleep(3600)) as beside:
     beside.fork()
     {asked}

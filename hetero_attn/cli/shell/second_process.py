@@ -38,7 +38,7 @@ class SecondProcess:
 
     def fork(self) -> None:
         """Start the process, once; it waits until it is called."""
-        if self._process is not None or SOLVER in sys.modules or sys.platform != "linux" or (os.cpu_count() or 1) < 2:
+        if self._process is not None or SOLVER in sys.modules or not _may_run_beside():
             return
         for name in (SOLVER, *self._modules):
             import_module(name)
@@ -83,6 +83,11 @@ class SecondProcess:
         os.close(self._answers)
         os.waitpid(self._process, 0)
         self._process = None
+
+
+def _may_run_beside() -> bool:
+    """Whether this system has forks that may go on, and this process a second CPU to run on."""
+    return sys.platform == "linux" and len(os.sched_getaffinity(0)) > 1
 
 
 def _answer(function: Callable[..., Any], asked: int, answers: int) -> NoReturn:
