@@ -59,7 +59,7 @@ def expect_writable(*files: Path | None) -> None:
         except OSError as error:
             raise typer.BadParameter(f"cannot write {file}: {error.strerror}") from None
         if is_new:
-            file.unlink()
+            file.resolve().unlink()  # not a link to it
 
 
 def write_text(file: Path, text: str) -> None:

@@ -51,18 +51,21 @@ def write_gguf(
     """Write a whole GGUF file; returns its bytes.
 
     Args:
-        path: where; the folder must exist. metadata: key -> bool, int, float, str, list of str or numpy array.
+        path: where, behind a link the file that it names; the folder must exist.
+        metadata: key -> bool, int, float, str, list of str or numpy array.
         data: gives a tensor's bytes, uint8, piece by piece. replace: whether a file of this name may be written over.
 
     Raises:
         CheckpointError: a file of that name, too little space, a name that is too long, or data of another size.
     """
-    if path.exists() and not replace:
-        raise CheckpointError(f"{path}: this file is there already; give another name, or --force to write over it")
+    target = path.resolve()
+    if target.exists() and not (replace and target.is_file()):
+        way_out = "; give another name, or --force to write over it" if target.is_file() else " and is no file"
+        raise CheckpointError(f"{path}: this is there already{way_out}")
     header = _header(metadata, tensors)
     total = len(header) + sum(_padded(tensor.nbytes) for tensor in tensors)
     expect_room(path, total)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    unfinished = target.with_name(f".{target.name[:100]}.{os.getpid()}.part")
     try:
         with unfinished.open("xb") as file:
             file.write(header)
@@ -70,7 +73,7 @@ def write_gguf(
                 _write_tensor(file, tensor, data(tensor))
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
+        unfinished.replace(target)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
@@ -80,9 +83,10 @@ def write_gguf(
 
 def expect_room(path: Path, nbytes: int) -> None:
     """CheckpointError where a file has no folder, or its disk no room for it."""
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path.parent}: no such folder; make it first")
-    free = shutil.disk_usage(path.parent).free
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; make it first")
+    free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise CheckpointError(f"{path}: {nbytes} bytes are to be written and {free} are free there; take another disk")
 

@@ -105,7 +105,9 @@ def quantize(
 
 
 def _check(out: Path, recipe: str | None, force: bool) -> None:
-    """Raise ArgumentError for a file that is there, or a recipe that is unknown."""
+    """Raise ArgumentError for a file that is there, for what is none, or a recipe that is unknown."""
+    if out.exists() and not out.is_file():
+        raise ArgumentError(f"--out is {out}, which is no file; give the name of one")
     if out.exists() and not force:
         raise ArgumentError(f"--out is {out}, which is there already; give another name, or --force to write over it")
     if recipe is not None and recipe not in RECIPES:

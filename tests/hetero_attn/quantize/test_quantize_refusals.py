@@ -1,5 +1,6 @@
 """What cannot be written, and wishes that are none: refused by name before anything is."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,6 +42,25 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, monkeypa
     with pytest.raises(CheckpointError, match="bytes are to be written and 10 are free"):
         write_gguf(tmp_path / "x.gguf", {}, [tensor], good)
     assert taken.read_bytes() == b"old" and list(tmp_path.iterdir()) == [taken]
+
+
+def test_a_link_stays_and_what_is_no_file_is_left(tmp_path):
+    """The file came in the place of the link, on the disk of the link; a pipe or /dev/null was replaced by a file."""
+    (tmp_path / "large disk").mkdir()
+    link, pipe, target = tmp_path / "x.gguf", tmp_path / "pipe.gguf", tmp_path / "large disk" / "y.gguf"
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    data = lambda _: [np.zeros(16, np.uint8)]  # noqa: E731
+    tensors = [NewTensor("a", GGUF_BY_NAME["F32"], (4,))]
+    for replace in (False, True):
+        write_gguf(link, {}, tensors, data, replace)
+
+    assert link.is_symlink() and target.is_file() and [target] == list(target.parent.iterdir())
+    with pytest.raises(CheckpointError, match="pipe.gguf: this is there already and is no file"):
+        write_gguf(pipe, {}, tensors, data, replace=True)
+    with pytest.raises(ArgumentError, match="--out is .*pipe.gguf, which is no file"):
+        quantize(TINY, pipe, force=True)
+    assert pipe.is_fifo()
 
 
 def test_room_is_looked_for_before_weights_are_measured(tmp_path, monkeypatch):
