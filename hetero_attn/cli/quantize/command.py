@@ -41,8 +41,15 @@ def quantize(
 
     if force or not out.exists():
         expect_writable(out)
-    text = "" if calibrate is None else read_text(calibrate)
+    text = "" if calibrate is None else _text_of(calibrate)
     _show(write(resolve_model(model, gguf), out, recipe, bits, text, force, threads, tokenizer=tokenizer), as_json)
+
+
+def _text_of(calibrate: Path) -> str:
+    text = read_text(calibrate)
+    if not text.strip():
+        raise typer.BadParameter(f"--calibrate {calibrate} holds no text; give some thousand words, or leave it out")
+    return text
 
 
 def _check(recipe: str | None, bits: float | None, out: Path) -> None:

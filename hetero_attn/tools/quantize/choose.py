@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cpu_kernels.formats import GGUF_BY_NAME
-from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.errors import ArgumentError
 from hetero_attn.tools.quantize.encode import PLAIN, fits
 from hetero_attn.tools.quantize.stacks import bits_of_type, is_router, stack_of
 from placement.program.native_output import without_native_output
@@ -95,13 +95,13 @@ def as_large_as(
 def by_bits(losses: Mapping[str, Loss], bits: float, fixed_bytes: int = 0, fixed_weights: int = 0) -> dict[str, str]:
     """The types whose losses add up to the least while all weights together have at most so many bits each.
 
-    fixed_bytes, fixed_weights: of tensors whose type is not chosen. Raises UnsupportedModelError for fewer bits than
-    any choice has. Where the solver finds nothing in its time, what steps of the best exchange give.
+    fixed_bytes, fixed_weights: of tensors whose type is not chosen. Raises ArgumentError for fewer bits than any choice
+    has. Where the solver finds nothing in its time, what steps of the best exchange give.
     """
     weights = sum(loss.rows * loss.in_features for loss in losses.values()) + fixed_weights
     least = sum(min(map(loss.nbytes, loss.kl)) for loss in losses.values()) + fixed_bytes
     if least * 8 > bits * weights:
-        raise UnsupportedModelError(
+        raise ArgumentError(
             f"{bits:g} bits a weight are fewer than any choice of formats has; the least is {8 * least / weights:.2f}"
         )
     room = bits * weights / 8 + 0.5 - fixed_bytes  # bits that were computed of bytes are rounded

@@ -16,9 +16,11 @@ import torch
 from cpu_kernels import CpuKernels
 from cpu_kernels.formats import GGUF_BY_NAME
 from hetero_attn.checkpoints.loading.unit_rows import dequantised
+from hetero_attn.errors import CheckpointError
 from hetero_attn.tools.quantize.blocks import BLOCK_TYPES, BlockType, Grid
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+HALF_MAX = torch.finfo(torch.float16).max
 CHUNK_WEIGHTS = 1 << 18  # encoded at once, in a core's cache
 FED_BACK_ROWS = 4096  # at once: a step of the loop over inputs should outlast the call that makes it
 RUN = 64  # inputs whose errors reach the inputs behind the run in one product
@@ -59,7 +61,12 @@ def known_inputs(moments: torch.Tensor, tokens: int) -> Inputs:
 
 
 def encode(name: str, rows: torch.Tensor, inputs: Inputs | None = None) -> torch.Tensor:
-    """uint8 [rows, row_bytes] of float32 rows in a GGUF type; `in_features` must be a multiple of its items."""
+    """uint8 [rows, row_bytes] of float32 rows in a GGUF type; `in_features` must be a multiple of its items. Raises
+    CheckpointError for numbers that F16 has not."""
+    if name == "F16" and (largest := rows.abs().amax().item()) > HALF_MAX:
+        raise CheckpointError(
+            f"a weight of {largest:g} is beyond F16, which ends at {HALF_MAX:g}; give fewer --bits, or none"
+        )
     if name in PLAIN:
         return rows.to(PLAIN[name]).contiguous().view(torch.uint8)
     kind, items = BLOCK_TYPES[name], GGUF_BY_NAME[name].items

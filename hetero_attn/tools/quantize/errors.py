@@ -6,11 +6,10 @@ import torch
 
 from cpu_kernels import CpuKernels
 from hetero_attn.tools.quantize.choose import CANDIDATES
-from hetero_attn.tools.quantize.encode import encode, fits, held
+from hetero_attn.tools.quantize.encode import HALF_MAX, encode, fits, held
 from hetero_attn.tools.quantize.stacks import bits_of_type
 
 SAMPLED_ROWS = 32  # of a weight
-HALF_MAX = torch.finfo(torch.float16).max
 
 
 def squared_error(found: torch.Tensor, expected: torch.Tensor, moments: torch.Tensor | None = None) -> float:
@@ -29,15 +28,15 @@ def errors_of_types(rows: torch.Tensor, moments: torch.Tensor | None, ops: CpuKe
 
 
 def kept_as_it_is(own: str | None, in_features: int) -> dict[str, float]:
-    """The error of the type in which a source already has the codes of such rows; empty where there is none."""
+    """The error of the type in which a source already has such rows; empty where there is none."""
     return {own: 0.0} if own is not None and fits(own, in_features) else {}
 
 
 def without_beaten(errors: Mapping[str, float]) -> dict[str, float]:
-    """The errors of types of which no smaller one is as good."""
+    """The errors of types of which no smaller one is as good, nor BF16 where a source has that."""
 
     def is_beaten(name: str) -> bool:
-        smaller = (other for other in errors if bits_of_type(other) < bits_of_type(name))
-        return any(errors[other] <= errors[name] for other in smaller)
+        smaller = [other for other in errors if bits_of_type(other) < bits_of_type(name)]
+        return any(errors[other] <= errors[name] for other in smaller) or (name == "F16" and "BF16" in errors)
 
     return {name: error for name, error in errors.items() if not is_beaten(name)}

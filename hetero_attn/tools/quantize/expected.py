@@ -58,10 +58,15 @@ def expected_losses(
 
 
 def own_types(source: Checkpoint | GgufCheckpoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """The types of codes that a GGUF source already has, of stacks all weights of which have one."""
-    if not isinstance(source, GgufCheckpoint):
-        return {}
-    kinds = {stack: {source.source_type(name) for name in names} for stack, names in stacks(shapes).items()}
+    """The types that a source already has, of stacks all weights of which have one: of codes those of a GGUF file, of
+    plain numbers BF16, of which F16 loses the large and the small."""
+
+    def own(name: str) -> str | None:
+        if source.is_coded(name):
+            return source.source_type(name) if isinstance(source, GgufCheckpoint) else None
+        return "BF16" if source.dtype(name) == "bf16" else None
+
+    kinds = {stack: {own(name) for name in names} for stack, names in stacks(shapes).items()}
     return {stack: kind for stack, found in kinds.items() if len(found) == 1 and (kind := next(iter(found)))}
 
 

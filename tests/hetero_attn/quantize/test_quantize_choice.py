@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from cpu_kernels import CpuKernels
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
 from hetero_attn.checkpoints.sources import open_source
-from hetero_attn.errors import UnsupportedModelError
+from hetero_attn.errors import ArgumentError, CheckpointError
 from hetero_attn.serving.text.tokenizer import Tokenizer
 from hetero_attn.tools.quantize.choose import RECIPES, Loss, as_large_as, bits_of, by_bits, by_recipe, fitting
+from hetero_attn.tools.quantize.encode import encode
 from hetero_attn.tools.quantize.expected import expected_losses
 from hetero_attn.tools.quantize.table import kept_table
 from hetero_attn.tools.quantize.write import quantize
@@ -60,7 +61,7 @@ def test_the_choice_is_the_best_of_all_choices():
 
 
 def test_fewer_bits_than_any_choice_has_are_refused():
-    with pytest.raises(UnsupportedModelError, match="the least is 4.50"):
+    with pytest.raises(ArgumentError, match="the least is 4.50"):
         by_bits({"a": Loss(16, 256, {"Q4_K": 0.1})}, 4.2)
 
 
@@ -156,3 +157,36 @@ def test_bits_without_a_text_are_kept_to(halved, tmp_path):
     made = quantize(halved, tmp_path / "model.gguf", bits=5.0, threads=2)
 
     assert 4.8 < made.bits <= 5.0
+
+
+def test_bfloat16_stays_where_there_are_bits_for_it(tmp_path):
+    """F16 took its place, of which a weight of 1e5 that no sample held was infinite: no file that could be loaded."""
+    path = make_checkpoint(tmp_path / "plain", dtype=torch.bfloat16)
+    tensors = load_file(path / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name][33, 5], tensors[name][34, 6] = 1e5, 3e-8
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    made = quantize(path, tmp_path / "model.gguf", bits=16.0, threads=2)
+
+    assert made.types[name] == "BF16"
+    with GgufCheckpoint.open(made.path) as source:
+        assert torch.equal(source.read(name), tensors[name])
+
+
+def test_what_float16_cannot_hold_is_refused():
+    rows = torch.zeros(4, 32)
+    rows[2, 3] = -1e5
+
+    with pytest.raises(CheckpointError, match="a weight of 100000 is beyond F16, which ends at 65504"):
+        encode("F16", rows)
+    assert encode("BF16", rows).shape == (4, 64)
+
+
+@pytest.mark.parametrize(("wish", "said"), [("--calibrate", "holds no text"), ("--bits", "fewer than any choice")])
+def test_wishes_that_say_nothing_are_usage_errors(halved, tmp_path, wish, said):
+    """A file was written as if no text had been asked for; too few bits were a fault of the checkpoint."""
+    (tmp_path / "empty.txt").write_text(" \n")
+    value = 4 if wish == "--bits" else tmp_path / "empty.txt"
+    code, _, printed = run("quantize", halved, "--out", tmp_path / "model.gguf", wish, value)
+
+    assert code == 2 and said in printed and not (tmp_path / "model.gguf").exists()
