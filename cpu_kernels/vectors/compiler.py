@@ -13,7 +13,7 @@ from numba import config, njit, types
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.linked_code import cpu_target, linked_code
 from cpu_kernels.vectors.numba_parts import CompileError, expect_members, part
-from cpu_kernels.vectors.target import target_of
+from cpu_kernels.vectors.target import in_whole_lines, target_of
 
 Compiler = part("numba.core.compiler", "Compiler")
 FunctionCompiler: Any = part("numba.core.dispatcher", "_FunctionCompiler")
@@ -75,4 +75,4 @@ def compile_object(kernel, name: str, isa: Isa | None = None) -> bytes:
     with global_compiler_lock:
         module, machine = compile_module(kernel, name)
         target = None if isa is None else target_of(isa)
-        return machine.emit_object(module) if target is None else target.emit_object(module)
+        return machine.emit_object(in_whole_lines(module)) if target is None else target.emit_object(module)

@@ -11,6 +11,8 @@ import llvmlite.binding as llvm
 from cpu_kernels.vectors.isa import Isa
 
 WIDTH = "min-legal-vector-width"  # of a function: LLVM keeps 512-bit registers unless it says that fewer bits will do
+X86 = "x86_64"
+WHOLE_LINES = "alignstack(64)"  # of a function: where it begins to use the stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,28 @@ class Target:
         text = re.sub(r"(?m)^target triple = .*$", f'target triple = "{self.triple}"', text)
         text = re.sub(r"(?m)^target datalayout = .*$", f'target datalayout = "{machine.target_data}"', text)
         if self.register_bits:
-            text = re.sub(r"(?m)^(define .*?)((?: !\S+ !\d+)* \{)$", rf'\1 "{WIDTH}"="{self.register_bits}"\2', text)
-        return llvm.parse_assembly(text)
+            text = _with_attribute(text, f'"{WIDTH}"="{self.register_bits}"')
+        return llvm.parse_assembly(_with_attribute(text, WHOLE_LINES) if self.triple.startswith(X86) else text)
 
     def emit_object(self, module: llvm.ModuleRef) -> bytes:
         """Object code of a module."""
         return self.machine().emit_object(self.retargeted(module))
+
+
+def _with_attribute(text: str, attribute: str) -> str:
+    """A module's text, each of its functions with one attribute more."""
+    return re.sub(r"(?m)^(define .*?)((?: !\S+ !\d+)* \{)$", rf"\1 {attribute}\2", text)
+
+
+def in_whole_lines(module: llvm.ModuleRef) -> llvm.ModuleRef:
+    """A copy of a module for this CPU whose functions, on x86, begin to use the stack at a line of the cache.
+
+    Callers promise 16 bytes. By chance, process by process, registers that are laid down would lie across two lines
+    each, and prompts on AVX2 run at 0.7 to 0.8 of their speed.
+    """
+    if not llvm.get_process_triple().startswith(X86):
+        return module
+    return llvm.parse_assembly(_with_attribute(str(module), WHOLE_LINES))
 
 
 def target_of(isa: Isa) -> Target | None:
