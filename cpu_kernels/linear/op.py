@@ -24,10 +24,10 @@ from cpu_kernels.linear.sizes import (
     PIECE_INPUTS,
     RANGE_BYTES,
     SPREAD_BYTES,
-    SPREAD_ROWS,
     STREAM_ROWS,
     WIDE_PIECE_INPUTS,
     record_bytes,
+    shares_inputs,
     spread_rows,
 )
 from cpu_kernels.team.arguments import LINEAR
@@ -117,7 +117,7 @@ def _call_of(isa: Isa, threads: int, weight_dtype: str, rows: int, in_features: 
         spread=spread,
         piece=in_features if rows <= STREAM_ROWS else piece_inputs(isa, weight_dtype),
         is_one_panel=is_one_panel(weight_dtype, rows, tile[-1]),
-        sharing_blocks=NUMBER_BLOCKS if spread and spread_rows(isa, format_of(weight_dtype)) != SPREAD_ROWS else 1,
+        sharing_blocks=NUMBER_BLOCKS if spread and shares_inputs(isa, format_of(weight_dtype)) else 1,
     )
 
 

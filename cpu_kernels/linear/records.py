@@ -7,7 +7,7 @@ Record of a panel of R rows: R x 64 int8, R float32 scales, two or four times R 
 last (`record_bytes`):
 
   q4           scale * sum(xq) as float32
-  `Starts`     minus the offset times the sum, int32, of every run of inputs that share a scale
+  `Starts`     minus the offset times the sum, int32 or an int16 pair, of every run of inputs that share a scale
   SM32         sums of 32 inputs as float32
   K2M32        sums of 32 inputs as one int16 pair, as where a zero point is that of 64 inputs or more
   all others   sums of 16 inputs as int16 pairs, of inputs 0..31, then of 32..63
@@ -42,20 +42,23 @@ from cpu_kernels.vectors.vector import (
     load_f32_tail,
     splat_value,
     store_as,
-    unknown,
 )
 
 
 class Starts(NamedTuple):
-    """Where the dot products of `run` inputs begin, so that `offset` is taken from every code."""
+    """Where the dot products of `run` inputs begin, so that `offset` is taken from every code.
+
+    are_pairs: in the int16 pairs that `CodeSums.pairs_hold`, each of which adds up two of every four inputs.
+    """
 
     run: int
     offset: int
+    are_pairs: bool
 
 
 def run_of(item: WeightFormat) -> int:
     """Inputs of a group that share a scale."""
-    if item.header in ("K2S16", "T16"):
+    if item.header.endswith("16"):
         return 16
     return 64 if item.header.endswith(("64", "128")) else 32
 
@@ -63,14 +66,13 @@ def run_of(item: WeightFormat) -> int:
 def starts_of(isa: Isa, item: WeightFormat) -> Starts | None:
     """What dot products of a format begin with, where a record says it: one load in place of a product of sums.
 
-    Not where codes have zero points, which take the offset with them, nor where sub-scales multiply products as they
-    are widened, and so would multiply what they begin with.
+    Not where codes have zero points, which take the offset with them.
     """
-    sums = CodeSums(isa, item.largest_code)
+    sums, run = CodeSums(isa, item.largest_code), run_of(item)
     offset = sums.left_of(item.offset)
-    if not offset or item.has_zero_points or item.header == "K2S16" and sums.takes_scales:
+    if not offset or item.has_zero_points:
         return None
-    return Starts(run_of(item), offset)
+    return Starts(run, offset, sums.pairs_hold(offset, run))
 
 
 def has_sums_of_32(item: WeightFormat) -> bool:
@@ -83,10 +85,6 @@ class Record:
 
     def __init__(self, b, address, rows: int):
         self._b, self._address, self._rows = b, address, rows
-
-    def read_again(self) -> "Record":
-        """The same record, whose values LLVM does not know to be those that were read already."""
-        return Record(self._b, unknown(self._b, self._address), self._rows)
 
     def inputs(self, row: int, k: int):
         """Inputs 4k..4k+3 in every lane."""
@@ -146,6 +144,14 @@ def _sum(b, vector):
     return call_llvm(b, "llvm.vector.reduce.add.v16i32", I32, vector)
 
 
+def _pair_of_sums(b, vector, factor: int):
+    """`factor` times the sums of lanes 0, 1, 4, 5, ... and of lanes 2, 3, 6, 7, ... as one int16 pair."""
+    both = _sum(b, b.shl(vector, ir.Constant(VI32, [0, 0, 16, 16] * 4)))
+    both = b.mul(both, ir.Constant(I32, factor))
+    low = b.sext(b.trunc(both, I16), I32)  # where it is negative it has taken 1 from the high half
+    return b.or_(b.and_(both, ir.Constant(I32, 0xFFFF)), b.sub(both, low))
+
+
 def store_sums_of_16(b, v_sums, second, row_bytes):
     """Four int32 sums of 16 inputs as int16 pairs at `second` and `row_bytes` behind it."""
     for half in range(2):
@@ -155,17 +161,17 @@ def store_sums_of_16(b, v_sums, second, row_bytes):
         b.store(both, b.inttoptr(at, I32.as_pointer()), align=4)
 
 
-def store_group_sums(run: int, of_sum: Callable):
+def store_group_sums(run: int, of_inputs: Callable):
     """Intrinsic (v0, v1, v2, v3, quants, scale_at, row_bytes): quantise 64 inputs: bytes to `quants`, the scale to
-    scale_at, and what `of_sum(b, sum, scale)` makes of every run's int32 sum to scale_at + row_bytes, + 2 row_bytes
-    and so on."""
+    scale_at, and what `of_inputs(b, inputs, scale)` makes of every run's inputs, added up to a vector of int32 lane by
+    lane of 16, to scale_at + row_bytes, + 2 row_bytes and so on."""
 
     @emits(types.void, *[F32x16] * 4, intp, intp, intp)
     def store_group(b, v0, v1, v2, v3, quants, scale_at, row_bytes):
         codes, at, parts = _store_codes(b, (v0, v1, v2, v3), quants, scale_at), scale_at, run // 16
         for first in range(0, len(codes), parts):
-            at, total = b.add(at, row_bytes), _sum(b, reduce(b.add, codes[first : first + parts]))
-            store_as(b, of_sum(b, total, load_as(b, scale_at, F32)), at)
+            at, inputs = b.add(at, row_bytes), reduce(b.add, codes[first : first + parts])
+            store_as(b, of_inputs(b, inputs, load_as(b, scale_at, F32)), at)
 
     return store_group
 
@@ -204,13 +210,16 @@ def store_group_of_32(b, v0, v1, v2, v3, quants, scale_at, row_bytes):
 def group_store(isa: Isa, item: WeightFormat):
     """Intrinsic (v0, v1, v2, v3, quants, scale_at, row_bytes): 64 inputs of a row, with the corrections of a format."""
     if item.name == "q4":
-        return store_group_sums(64, lambda b, total, scale: b.fmul(b.sitofp(total, F32), scale))
+        return store_group_sums(64, lambda b, inputs, scale: b.fmul(b.sitofp(_sum(b, inputs), F32), scale))
     if item.header == "SM32":
-        return store_group_sums(32, lambda b, total, scale: b.sitofp(total, F32))
+        return store_group_sums(32, lambda b, inputs, scale: b.sitofp(_sum(b, inputs), F32))
     starts = starts_of(isa, item)
     if starts is not None:
         assert 4 * (GROUP_INPUTS // starts.run) <= record_bytes(isa, item) - GROUP_INPUTS - 4, (isa, item.name)
-        return store_group_sums(starts.run, lambda b, total, scale: b.mul(total, ir.Constant(I32, -starts.offset)))
+        if starts.are_pairs:
+            return store_group_sums(starts.run, lambda b, inputs, scale: _pair_of_sums(b, inputs, -starts.offset))
+        factor = ir.Constant(I32, -starts.offset)
+        return store_group_sums(starts.run, lambda b, inputs, scale: b.mul(_sum(b, inputs), factor))
     return store_group_of_32 if has_sums_of_32(item) else store_group_of_16
 
 

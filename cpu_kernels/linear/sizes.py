@@ -11,6 +11,7 @@ STREAM_ROWS = 16  # up to here a block is read whole, as one stream; above, inpu
 PIECE_INPUTS = 4096  # inputs per piece: a panel of rows and a block of weights stay in the first two levels
 WIDE_PIECE_INPUTS = 1024  # the same where inputs are float32: a panel of six rows takes 24 KiB
 SPREAD_ROWS = 64  # from so many rows on codes are spread to bytes before they are multiplied (forms/spread.py)
+SPREAD_NIBBLE_ROWS = 128  # the same of nibbles whose scales are of two levels: taken apart in two instructions each
 TURNED_ROWS = 60  # from so many rows on weights of bf16 are turned on 256 bits (panels/turned.py)
 WIDE_TURNED_ROWS = 96  # the same with AVX-512, where fewer are as fast along the inputs
 TURNED_INPUTS = 256  # at a time: as float32 of 16 features they take half of the first level
@@ -24,13 +25,17 @@ NUMBER_BLOCKS = 8  # blocks at once that share what is made of the inputs
 def record_bytes(isa: Isa, item: WeightFormat) -> int:
     """One row's share of a record of 64 inputs: int8, a float32 scale and 4-byte corrections (records.py): four where
     every 16 inputs have one, else two."""
-    is_of_16 = item.header == "T16" or item.header == "K2S16" and isa.name != "avx2"
-    return 64 + 4 + 4 * (4 if is_of_16 else 2)
+    return 64 + 4 + 4 * (4 if item.header.endswith("16") else 2)
 
 
 def turns_rows(isa: Isa, weight_dtype: str) -> bool:
     """Whether many rows multiply weights that were turned: bf16 that the CPU cannot multiply (panels/turned.py)."""
     return weight_dtype == "bf16" and not isa.has_bf16 and (isa.has_avx2 or isa.has_avx512)
+
+
+def shares_inputs(isa: Isa, item: WeightFormat) -> bool:
+    """Whether blocks share what is made of the inputs of many rows."""
+    return item.has_float_codes or turns_rows(isa, item.name)
 
 
 def spread_rows(isa: Isa, item: WeightFormat) -> int:
@@ -41,5 +46,7 @@ def spread_rows(isa: Isa, item: WeightFormat) -> int:
         return WIDE_TURNED_ROWS if isa.has_avx512 else TURNED_ROWS
     if not isa.has_avx2:
         return 0
+    if item.plane == "u4" and item.header == "K2M32":
+        return SPREAD_NIBBLE_ROWS
     gains = item.plane in SPREAD_PLANES and (item.plane != "u4" or item.header in SPREAD_NIBBLES)
     return SPREAD_ROWS if gains else 0

@@ -79,29 +79,36 @@ class CodeSums:
         """Whether products are widened by a multiplication, which may take a scale for nothing."""
         return self.kind in ("pairs", "magnitudes")
 
-    @property
-    def words_together(self) -> int:
-        """Words whose products one of several rows adds up before the next row does, by `add_half` where they are
-        several: two where int16 holds no more, so that none is held in int16 from word to word."""
-        return 2 if self.kind == "pairs" and 6 * LARGEST_INPUT * self.largest > LARGEST_SHORT else 1
+    def pairs_hold(self, offset: int, inputs: int) -> bool:
+        """Whether int16 sums hold the products of so many inputs once the offset is taken from the codes.
 
-    def sum(self, b, start, scale=None):
-        """A sum that begins with `start`, <16 x i32>; what is added to it is multiplied by `scale`, where
-        `takes_scales`: of int16 twice in every lane."""
+        On the way they may pass over, as int16 comes round again, but no instruction's two products may.
+        """
+        farthest = max(offset, self.largest - offset)
+        return self.kind == "pairs" and farthest * LARGEST_INPUT * inputs // 2 <= LARGEST_SHORT
+
+    def sum(self, b, start, scale=None, pairs=None):
+        """A sum that begins with `start`, <16 x i32>; what is added to it is multiplied by `scale()`, where
+        `takes_scales`: of int16 twice in every lane, asked for where it is used.
+
+        pairs: where `pairs_hold` all that is added, what their int16 sums begin with, <16 x i32>, which is multiplied
+        too.
+        """
         if not self.takes_scales:
             return {"unsigned": Sum, "signed": SignedSum}[self.kind](self, b, start)
-        factor = constant(VI32, 0x00010001) if scale is None else scale
+        factor = scale or (lambda: constant(VI32, 0x00010001))
+        if pairs is not None:
+            return HeldSum(self, b, start, factor, pairs)
         return {"pairs": PairSum, "magnitudes": MagnitudeSum}[self.kind](self, b, start, factor)
 
-    def settle(self, b, sums, halves: tuple[int, ...] = (0, 1)) -> None:
-        """Between two words of several rows, or two halves of their features: what the next one takes is not begun
-        before, as registers are few."""
+    def settle(self, b, sums) -> None:
+        """Between two words of several rows: what the next one takes is not begun before, as registers are few."""
         if not self.takes_scales:
             return
         growing = [total.growing() for total in sums]
-        settled = iter(in_order(b, [b.bitcast(parts[half], V8I32) for parts in growing for half in halves]))
-        for total, parts in zip(sums, growing):
-            total.grown([next(settled) if half in halves else part for half, part in enumerate(parts)])
+        settled = in_order(b, [b.bitcast(part, V8I32) for parts in growing for part in parts])
+        for row, total in enumerate(sums):
+            total.grown(settled[2 * row : 2 * row + 2])
 
 
 class Sum:
@@ -132,7 +139,7 @@ class WidenedSum(Sum):
 
     def __init__(self, how: CodeSums, b, start, factor):
         super().__init__(how, b, start)
-        self._factor = in_parts(b, factor, V16I16)
+        self._factor = factor
 
     def growing(self):
         """The two registers of what is being added up."""
@@ -144,7 +151,8 @@ class WidenedSum(Sum):
 
     def _widen(self, shorts) -> None:
         """Add two registers of int16 sums times the factor."""
-        halves = zip(in_parts(self._b, self._total, V8I32), shorts, self._factor)
+        factor = in_parts(self._b, self._factor(), V16I16)
+        halves = zip(in_parts(self._b, self._total, V8I32), shorts, factor)
         self._total = together(self._b, [emit_dot2_256(self._how.isa, self._b, *half) for half in halves])
 
 
@@ -154,6 +162,11 @@ class PairSum(WidenedSum):
     def __init__(self, how: CodeSums, b, start, factor):
         super().__init__(how, b, start, factor)
         self._shorts, self._held = [], 0
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether another word's products would not fit."""
+        return (self._held + 1) * 2 * LARGEST_INPUT * self._how.largest > LARGEST_SHORT
 
     def growing(self):
         """See WidenedSum."""
@@ -172,18 +185,8 @@ class PairSum(WidenedSum):
         products = [pair_products(b, *pair) for pair in zip(in_parts(b, operand, V32I8), in_parts(b, x, V32I8))]
         self._shorts = products if self._held == 0 else [b.add(*both) for both in zip(self._shorts, products)]
         self._held += 1
-        if (self._held + 1) * 2 * LARGEST_INPUT * self._how.largest > LARGEST_SHORT:
+        if self._is_full:
             self._flush()
-
-    def add_half(self, half: int, operands, inputs) -> None:
-        """Add several words' products of eight features; as many as int16 holds."""
-        b, shorts = self._b, None
-        for operand, x in zip(operands, inputs):
-            products = pair_products(b, in_parts(b, operand, V32I8)[half], in_parts(b, x, V32I8)[half])
-            shorts = products if shorts is None else b.add(shorts, products)
-        parts = in_parts(b, self._total, V8I32)
-        parts[half] = emit_dot2_256(self._how.isa, b, parts[half], shorts, self._factor[half])
-        self._total = together(b, parts)
 
     def total(self):
         """See Sum."""
@@ -194,6 +197,18 @@ class PairSum(WidenedSum):
     def _flush(self) -> None:
         self._widen(self._shorts)
         self._shorts, self._held = [], 0
+
+
+class HeldSum(PairSum):
+    """Of vpmaddubsw, all of it in int16 until the end, beginning with what takes the offset."""
+
+    def __init__(self, how: CodeSums, b, start, factor, pairs):
+        super().__init__(how, b, start, factor)
+        self._shorts, self._held = in_parts(b, pairs, V16I16), 1
+
+    @property
+    def _is_full(self) -> bool:
+        return False
 
 
 class MagnitudeSum(WidenedSum):

@@ -5,7 +5,7 @@ holds what a dot product begins with (records.py). Two-level scales stay integer
 in int32, and only the total meets d.
 """
 
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 
 from llvmlite import ir
 from numba import types
@@ -14,12 +14,13 @@ from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat
 from cpu_kernels.linear.forms.bf16_codes import row_dot_bf16
 from cpu_kernels.linear.forms.codes import code_words, half_words
 from cpu_kernels.linear.forms.float_codes import numbers_of_word, row_dot, unit_of, wide_row_dot
+from cpu_kernels.linear.forms.levels import PackedLevels, ReadyLevels
 from cpu_kernels.linear.forms.line_order import code_leader
 from cpu_kernels.linear.forms.number_planes import ONE, fits_planes, planes_dot, wide_planes_dot
 from cpu_kernels.linear.forms.subnormal_codes import subnormal_row_dot, takes_subnormals
 from cpu_kernels.linear.records import Record, run_of, starts_of
 from cpu_kernels.vectors.code_sums import CodeSums
-from cpu_kernels.vectors.dot import emit_dot2, pair, pairs_of
+from cpu_kernels.vectors.dot import emit_dot2, pair
 from cpu_kernels.vectors.header_numbers import byte_numbers, exponents, halves, tensor_scales
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.vector import (
@@ -47,7 +48,7 @@ class FormSums:
     def __init__(self, isa: Isa, item: WeightFormat, rows: int):
         self.isa, self.item, self.rows = isa, item, rows
         self.has_zeros, self.has_floats = item.has_zero_points, item.header.startswith(("F", "T"))
-        self.group_inputs = int(item.header.lstrip("SZIFT")) if self.has_zeros or self.has_floats else 0
+        self.group_inputs = int(item.header.lstrip("SZI")) if self.has_zeros else 0
         self.run = run_of(item)
         self.runs = GROUP_INPUTS // self.run
         self.code_sums = CodeSums(isa, item.largest_code)
@@ -58,10 +59,10 @@ class FormSums:
         self.takes_subnormals = rows == 1 and takes_subnormals(isa, item)
         # Whether registers are few for what the rows hold, and what they share pays.
         self.has_several_rows = rows >= (2 if self.code_sums.takes_scales else 4)
-        # Two dot2 a row, by sub-scales, in place of four.
-        self.takes_sums_of_16 = item.header == "K2S16" and self.starts is None and self.has_several_rows
         # Two-level scales are multiplied as products are widened.
-        self.scales_products = item.header.startswith("K2") and self.has_several_rows and self.code_sums.takes_scales
+        self.scales_products = (
+            item.header.startswith(("K2", "P2")) and self.has_several_rows and self.code_sums.takes_scales
+        )
 
     @property
     def takes_runs_in_turn(self) -> bool:
@@ -81,46 +82,28 @@ class FormSums:
             return self.with_zeros
         if self.has_floats:
             return self.with_float_scales
-        return self.two_levels if self.item.header.startswith("K2") else self.one_level
-
-    def start(self, b, record, part: int, row: int):
-        """Where a row's dot products of a run begin: minus the offset times the sum of its inputs."""
-        if self.starts is not None:
-            return record.start(row, part)
-        if not self.offset or self.has_zeros or self.takes_sums_of_16:
-            return constant(VI32, 0)
-        taken = constant(VI32, pair(-self.offset, 0) if part % 2 == 0 else pair(0, -self.offset))
-        return emit_dot2(self.isa, b, constant(VI32, 0), record.sums(row, part // 2), taken)
+        return self.two_levels if self.item.header.startswith(("K2", "P2")) else self.one_level
 
     def dots(self, b, word, record, part: int):
         """int32 sums of (code - offset) * input over run `part`, for every row."""
-        sums = [self.code_sums.sum(b, self.start(b, record, part, row)) for row in range(self.rows)]
-        return self.with_products(b, word, record, part, sums)
+        return self.with_products(b, word, record, part, [constant(VI32, 0)] * self.rows)
 
-    def with_products(self, b, word, record, part: int, sums):
-        """Sums, one a row, and the products of run `part`."""
-        step = self.code_sums.words_together if self.has_several_rows else 1
-        for first in range(part * self.run // 4, (part + 1) * self.run // 4, step):
-            places = range(first, first + step)
-            words = [self.code_sums.operand(b, word(k), is_from_table=bool(self.item.table)) for k in places]
-            if step > 1:
-                record = self.add_in_halves(b, words, record, places, sums)
-                continue
+    def with_products(self, b, word, record, part: int, totals, scale=None):
+        """int32 totals, one a row, and the products of run `part`, times `scale()` where there is one: it needs
+        starts that are pairs, or none."""
+        starts = [None if self.starts is None else record.start(row, part) for row in range(self.rows)]
+        if self.starts is None or self.starts.are_pairs:
+            sums = [self.code_sums.sum(b, total, scale, start) for total, start in zip(totals, starts)]
+        else:
+            assert scale is None, self.item.name
+            sums = [self.code_sums.sum(b, start) for start in starts]
+        for k in range(part * self.run // 4, (part + 1) * self.run // 4):
+            operand = self.code_sums.operand(b, word(k), is_from_table=bool(self.item.table))
             for row, total in enumerate(sums):
-                total.add(words[0], record.inputs(row, first))
+                total.add(operand, record.inputs(row, k))
             if self.has_several_rows:
                 self.code_sums.settle(b, sums)
         return [total.total() for total in sums]
-
-    def add_in_halves(self, b, words, record, places: range, sums):
-        """Add several words' products of eight features, then those of the other eight, so that the registers hold what
-        is read and added at once. Returns the record as it was read last."""
-        for half in range(2):
-            record = record.read_again() if half else record
-            for row, total in enumerate(sums):
-                total.add_half(half, words, [record.inputs(row, k) for k in places])
-            self.code_sums.settle(b, sums, (half,))
-        return record
 
     def float_dots(self, b, word, record, part: int):
         """float32 sums of code * input over run `part`, for every row, in as many chains as hide the additions."""
@@ -200,41 +183,32 @@ class FormSums:
 
     def two_levels(self, b, superblock, group, word, record):
         """d * (sum of sub-scale * dot) - dmin * (sum of sub-minimum * sum), for every row."""
-        signed = self.item.header != "K2M32"
-        subs = b.add(superblock, b.mul(group, ir.Constant(group.type, 16 * self.runs)))
-        scales = [byte_numbers(b, subs, 64 + 16 * part, signed) for part in range(self.runs)]
-        totals = self.offsets_of_16(b, scales, record)
-        for part, scale in enumerate(scales):
+        levels, totals = self.levels(b, superblock, group), [constant(VI32, 0)] * self.rows
+        for part in range(self.runs):
             if self.scales_products:
-                twice = pairs_of(b, scale, scale)
-                sums = [self.code_sums.sum(b, total, twice) for total in totals]
-                totals = self.with_products(b, word, record, part, sums)
+                totals = self.with_products(b, word, record, part, totals, partial(levels.scale, part))
             else:
                 dots = self.dots(b, word, record, part)
-                totals = [b.add(total, b.mul(dot, scale)) for total, dot in zip(totals, dots)]
+                totals = [b.add(total, b.mul(dot, levels.scale(part))) for total, dot in zip(totals, dots)]
             if self.takes_runs_in_turn:
                 totals = in_order(b, totals)
-        d = halves(b, superblock, 0)
+        d = levels.d()
         scaled = [b.fmul(b.sitofp(total, VF32), d) for total in totals]
-        if signed:
-            return scaled
-        dmin = b.fneg(halves(b, superblock, 32))
-        minima = pairs_of(b, *(byte_numbers(b, subs, 192 + 16 * part, False) for part in (0, 1)))
+        return self.with_sub_minima(b, levels, record, scaled) if levels.has_minima else scaled
+
+    def levels(self, b, superblock, group):
+        """The scales and minima of two levels."""
+        if self.item.header.startswith("P2"):
+            return ReadyLevels(self.item, b, superblock)
+        return PackedLevels(self.item, self.scales_products, b, superblock, group)
+
+    def with_sub_minima(self, b, levels, record, scaled):
+        """Sums minus dmin * (sum of sub-minimum * sum)."""
+        dmin, minima = b.fneg(levels.dmin()), levels.minima()
         for row in range(self.rows):
             taken = emit_dot2(self.isa, b, constant(VI32, 0), minima, record.sums(row, 0))
             scaled[row] = fma_value(b, b.sitofp(taken, VF32), dmin, scaled[row])
         return scaled
-
-    def offsets_of_16(self, b, scales, record):
-        """Where the totals of two levels begin: minus offset * sub-scale * sum where `takes_sums_of_16`, else 0."""
-        totals = [constant(VI32, 0)] * self.rows
-        if not self.takes_sums_of_16:
-            return totals
-        taken = [b.mul(scale, constant(VI32, -self.offset)) for scale in scales]
-        for half in range(2):
-            both = pairs_of(b, *taken[2 * half : 2 * half + 2])
-            totals = [emit_dot2(self.isa, b, total, both, record.sums(row, half)) for row, total in enumerate(totals)]
-        return totals
 
     def with_zeros(self, b, superblock, group, word, record):
         """Sums of scale * (dot - (zero point + offset) * sum), the difference in whole numbers, for every row."""

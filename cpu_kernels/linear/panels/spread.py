@@ -20,13 +20,14 @@ def spread_panels(isa: Isa, item: WeightFormat, tile: int, panel: Callable, fill
     spread, multiply = block_spreader(isa, item), panel(isa, spread_format(item), tile)
     together, superblock_bytes = item.group_inputs // GROUP_INPUTS, item.superblock_bytes
     spread_superblock_bytes, row_bytes = spread_format(item).superblock_bytes, record_bytes(isa, item)
+    spread_together = spread_format(item).group_inputs // GROUP_INPUTS
 
     @helper
     def over_panels(arguments, records, weight, place, rows, start, stop, area, first, count):
         if area == 0 or panel_of(0, rows, tile, filled)[1] < tile:
             return 0
         add_to = 1 if first else parameter(arguments, LINEAR.accumulate)
-        block_bytes = (count + together - 1) // together * spread_superblock_bytes
+        block_bytes = (count + spread_together - 1) // spread_together * spread_superblock_bytes
         at_once, done, out_stride = SPREAD_BYTES // block_bytes, 0, parameter(arguments, LINEAR.out_row)
         for begin in range(start, stop, at_once):
             end, done = least(stop, begin + at_once), 0
