@@ -7,7 +7,7 @@ from cpu_kernels.formats import FORMATS, LINE_BYTES, unit_bytes
 from cpu_kernels.linear.records import starts_of
 from cpu_kernels.vectors.code_sums import CodeSums
 from cpu_kernels.vectors.isa import named
-from tests.support.cpu_oracles import kernels
+from tests.support.kernels.cpu_oracles import kernels
 
 IN_FEATURES = 512
 CODED = [item for item in FORMATS.values() if not item.is_row_major]
