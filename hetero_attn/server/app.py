@@ -58,7 +58,9 @@ def make_app(service: Service) -> Guard:
         return response_of(error, request.url.path)
 
     async def failed_in_routing(request: Request, error: Exception) -> Response:
-        return failed(request, error)  # what is no coroutine gets a thread of its own
+        answer = failed(request, error)  # what is no coroutine gets a thread of its own
+        answer.headers.update(getattr(error, "headers", None) or {})  # the methods that an address takes
+        return answer
 
     def endpoint(handler: Handler) -> Callable[[Request], Awaitable[Any]]:
         async def answer(request: Request) -> Any:

@@ -179,3 +179,10 @@ def test_true_is_no_number(http, path, body, field):
     answer = http.post(path, json=body)
 
     assert answer.status_code == 400 and field in answer.text and "got True" in answer.text
+
+
+def test_an_address_says_which_methods_it_takes(http):
+    answers = {path: http.delete(path) for path in ("/v1/completions", "/health")}
+
+    assert {path: answer.status_code for path, answer in answers.items()} == dict.fromkeys(answers, 405)
+    assert answers["/v1/completions"].headers["allow"] == "POST" and "GET" in answers["/health"].headers["allow"]
