@@ -21,8 +21,8 @@ from llvmlite import ir
 from numba import types
 
 from cpu_kernels.formats import GROUP_INPUTS, WeightFormat
-from cpu_kernels.linear.sizes import record_bytes
-from cpu_kernels.vectors.code_sums import CodeSums
+from cpu_kernels.linear.sizes import pairs_scales, record_bytes
+from cpu_kernels.vectors.code_sums import LARGEST_SHORT, CodeSums
 from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.scalar import least
@@ -30,6 +30,7 @@ from cpu_kernels.vectors.vector import (
     F32,
     I16,
     I32,
+    I64,
     VF32,
     VI8,
     VI32,
@@ -43,6 +44,8 @@ from cpu_kernels.vectors.vector import (
     splat_value,
     store_as,
 )
+
+WIDTH_FIELD = 2  # behind the inputs, where `pairs_scales`: whether they are wide
 
 
 class Starts(NamedTuple):
@@ -111,6 +114,13 @@ class Record:
         """The sums of both 16 inputs of a half, where `has_sums_of_32` those of both halves as half 0, int16 pairs in
         every lane."""
         return splat_value(self._b, load_as(self._b, self._address, I32, self._offset(row, 1 + half)))
+
+    def is_wide(self):
+        """Where `pairs_scales`, whether any dot product of a run, of an even number of rows, may need more than 16
+        bits; a boolean."""
+        b, first = self._b, self._offset(0, WIDTH_FIELD)
+        words = [load_as(b, self._address, I64, first + 4 * row) for row in range(0, self._rows, 2)]
+        return b.icmp_unsigned("!=", reduce(b.or_, words), I64(0))
 
     def _offset(self, row: int, field: int) -> int:
         return self._rows * (GROUP_INPUTS + 4 * field) + 4 * row
@@ -198,13 +208,32 @@ def panel_of(row, rows, tile, filled):
         size //= 2
 
 
+def store_sums_of_32(b, codes, at):
+    """The int32 sums of both halves of 64 codes as one int16 pair at an address."""
+    low, high = (b.trunc(_sum(b, b.add(*codes[first : first + 2])), I16) for first in (0, 2))
+    store_as(b, b.or_(b.zext(low, I32), b.shl(b.zext(high, I32), ir.Constant(I32, 16))), at)
+
+
 @emits(types.void, *[F32x16] * 4, intp, intp, intp)
 def store_group_of_32(b, v0, v1, v2, v3, quants, scale_at, row_bytes):
     """As `store_group_sums`, with the sums of both 32 inputs as one int16 pair."""
-    codes = _store_codes(b, (v0, v1, v2, v3), quants, scale_at)
-    low, high = (b.trunc(_sum(b, b.add(*codes[at : at + 2])), I16) for at in (0, 2))
-    both = b.or_(b.zext(low, I32), b.shl(b.zext(high, I32), ir.Constant(I32, 16)))
-    store_as(b, both, b.add(scale_at, row_bytes))
+    store_sums_of_32(b, _store_codes(b, (v0, v1, v2, v3), quants, scale_at), b.add(scale_at, row_bytes))
+
+
+def store_group_with_width(largest_code: int):
+    """As `store_group_of_32`, and as int32 whether any 32 inputs are so large that products with codes could add up to
+    more than int16 holds, whatever the codes: not 0 if so."""
+
+    @emits(types.void, *[F32x16] * 4, intp, intp, intp)
+    def store_group(b, v0, v1, v2, v3, quants, scale_at, row_bytes):
+        codes, at = _store_codes(b, (v0, v1, v2, v3), quants, scale_at), b.add(scale_at, row_bytes)
+        store_sums_of_32(b, codes, at)
+        keeps_least, most = ir.Constant(ir.IntType(1), 0), ir.Constant(I32, LARGEST_SHORT // largest_code)
+        sizes = [call_llvm(b, "llvm.abs.v16i32", VI32, part, keeps_least) for part in codes]
+        are_wide = [b.icmp_signed(">", _sum(b, b.add(*sizes[first : first + 2])), most) for first in (0, 2)]
+        store_as(b, b.zext(b.or_(*are_wide), I32), b.add(at, row_bytes))
+
+    return store_group
 
 
 def group_store(isa: Isa, item: WeightFormat):
@@ -220,6 +249,8 @@ def group_store(isa: Isa, item: WeightFormat):
             return store_group_sums(starts.run, lambda b, inputs, scale: _pair_of_sums(b, inputs, -starts.offset))
         factor = ir.Constant(I32, -starts.offset)
         return store_group_sums(starts.run, lambda b, inputs, scale: b.mul(_sum(b, inputs), factor))
+    if pairs_scales(isa, item):
+        return store_group_with_width(item.largest_code)
     return store_group_of_32 if has_sums_of_32(item) else store_group_of_16
 
 

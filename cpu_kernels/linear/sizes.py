@@ -28,6 +28,12 @@ def record_bytes(isa: Isa, item: WeightFormat) -> int:
     return 64 + 4 + 4 * (4 if item.header.endswith("16") else 2)
 
 
+def pairs_scales(isa: Isa, item: WeightFormat) -> bool:
+    """Whether several rows multiply whole-number scales two at a time (forms/scale_pairs.py): of codes of four bits,
+    since of larger ones too many dot products could need more than 16 bits."""
+    return isa.has_avx512 and item.header == "K2M32" and item.plane == "u4"
+
+
 def turns_rows(isa: Isa, weight_dtype: str) -> bool:
     """Whether many rows multiply weights that were turned: bf16 that the CPU cannot multiply (panels/turned.py)."""
     return weight_dtype == "bf16" and not isa.has_bf16 and (isa.has_avx2 or isa.has_avx512)

@@ -47,12 +47,13 @@ def half_words(item: WeightFormat, b, lines) -> Callable[[int, int], object]:
 def code_words(isa: Isa, item: WeightFormat, b, lines, table: tuple[int, ...]) -> Callable[[int], object]:
     """word(k): the codes of inputs 4k..4k+3 of all features, unsigned bytes, or of a t4 plane entries of `table`;
     `lines` is the address of the code lines."""
-    loaded: dict[int, object] = {}
+    loaded: dict[tuple[object, int], object] = {}
 
     def line(index: int):
-        if index not in loaded:
-            loaded[index] = load_as(b, lines, VI32, LINE_BYTES * index)
-        return loaded[index]
+        place = b.block, index  # what one branch has loaded another has not
+        if place not in loaded:
+            loaded[place] = load_as(b, lines, VI32, LINE_BYTES * index)
+        return loaded[place]
 
     def shifted(value, left: int):
         if left == 0:

@@ -17,8 +17,10 @@ from cpu_kernels.linear.forms.float_codes import numbers_of_word, row_dot, unit_
 from cpu_kernels.linear.forms.levels import PackedLevels, ReadyLevels
 from cpu_kernels.linear.forms.line_order import code_leader
 from cpu_kernels.linear.forms.number_planes import ONE, fits_planes, planes_dot, wide_planes_dot
+from cpu_kernels.linear.forms.scale_pairs import either, paired_totals, second_starts
 from cpu_kernels.linear.forms.subnormal_codes import subnormal_row_dot, takes_subnormals
 from cpu_kernels.linear.records import Record, run_of, starts_of
+from cpu_kernels.linear.sizes import pairs_scales
 from cpu_kernels.vectors.code_sums import CodeSums
 from cpu_kernels.vectors.dot import emit_dot2, pair
 from cpu_kernels.vectors.header_numbers import byte_numbers, exponents, halves, tensor_scales
@@ -63,6 +65,7 @@ class FormSums:
         self.scales_products = (
             item.header.startswith(("K2", "P2")) and self.has_several_rows and self.code_sums.takes_scales
         )
+        self.pairs_scales = pairs_scales(isa, item) and self.has_several_rows
 
     @property
     def takes_runs_in_turn(self) -> bool:
@@ -183,7 +186,27 @@ class FormSums:
 
     def two_levels(self, b, superblock, group, word, record):
         """d * (sum of sub-scale * dot) - dmin * (sum of sub-minimum * sum), for every row."""
-        levels, totals = self.levels(b, superblock, group), [constant(VI32, 0)] * self.rows
+        levels = self.levels(b, superblock, group)
+        totals = self.scaled_totals(b, levels, word, record)
+        d = levels.d()
+        scaled = [b.fmul(b.sitofp(total, VF32), d) for total in totals]
+        return self.with_sub_minima(b, levels, record, scaled) if levels.has_minima else scaled
+
+    def scaled_totals(self, b, levels, word, record):
+        """int32 sums of sub-scale * dot, for every row."""
+        if not self.pairs_scales:
+            return self.scaled_dots(b, levels, word, record)
+
+        def both_runs():
+            starts = second_starts(b, self.dots(b, word, record, 0))
+            grown = self.with_products(b, word, record, 1, starts)
+            return paired_totals(self.isa, b, [levels.scale(part) for part in range(2)], grown)
+
+        return either(b, record.is_wide(), partial(self.scaled_dots, b, levels, word, record), both_runs)
+
+    def scaled_dots(self, b, levels, word, record):
+        """As `scaled_totals`, one run at a time."""
+        totals = [constant(VI32, 0)] * self.rows
         for part in range(self.runs):
             if self.scales_products:
                 totals = self.with_products(b, word, record, part, totals, partial(levels.scale, part))
@@ -192,9 +215,7 @@ class FormSums:
                 totals = [b.add(total, b.mul(dot, levels.scale(part))) for total, dot in zip(totals, dots)]
             if self.takes_runs_in_turn:
                 totals = in_order(b, totals)
-        d = levels.d()
-        scaled = [b.fmul(b.sitofp(total, VF32), d) for total in totals]
-        return self.with_sub_minima(b, levels, record, scaled) if levels.has_minima else scaled
+        return totals
 
     def levels(self, b, superblock, group):
         """The scales and minima of two levels."""
