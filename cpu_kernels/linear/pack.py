@@ -20,11 +20,12 @@ def pack(team: Team, rows: torch.Tensor, weight_dtype: str, out: torch.Tensor) -
     )
     num_blocks, block_bytes = features // layout.BLOCK_FEATURES, layout.block_bytes(weight_dtype, in_features)
     check_tensor("out", out, torch.uint8, (num_blocks, block_bytes))
-    expect(out.is_contiguous(), "out must be contiguous")
-    if weight_dtype == "fp16":
-        _copy_halves(rows, out)
-        return
-    layout.check_weight_dtype(weight_dtype)
+    is_apart = num_blocks < 2 or out.stride(0) >= block_bytes
+    expect(out.stride(1) == 1 and is_apart, "out must have contiguous blocks that do not overlap")
+    if weight_dtype == "fp16":  # stays what it is; other numbers are not made float16, whose range is small
+        expect(rows.dtype == torch.float16, f"rows is {rows.dtype}; only float16 rows are kept as fp16")
+    else:
+        layout.check_weight_dtype(weight_dtype)
     if out.numel() == 0:
         return
     failure = team.run(
@@ -36,14 +37,7 @@ def pack(team: Team, rows: torch.Tensor, weight_dtype: str, out: torch.Tensor) -
             num_blocks=num_blocks,
             row_items=in_features,
             out=out.data_ptr(),
-            block_bytes=block_bytes,
+            block_bytes=out.stride(0),
         ),
     )
     expect(failure == 0, "rows holds a non-finite value (NaN or Inf)")
-
-
-def _copy_halves(rows: torch.Tensor, out: torch.Tensor) -> None:
-    """float16 stays what it is; other numbers are not made float16, whose range is small."""
-    expect(rows.dtype == torch.float16, f"rows is {rows.dtype}; only float16 rows are kept as fp16")
-    expect(bool(torch.isfinite(rows).all()), "rows holds a non-finite value (NaN or Inf)")
-    out.view(torch.float16).view(rows.shape).copy_(rows)

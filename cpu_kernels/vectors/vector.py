@@ -265,6 +265,13 @@ def store_bf16_tail(b, vector, address, count):
     masked_store(b, round_to_bf16(b, vector), address, lanes_below(b, count), "v16i16")
 
 
+@emits(types.void, F32x16, intp, intp)
+def store_half_tail(b, vector, address, count):
+    """The first `count` lanes rounded to float16."""
+    halves = b.bitcast(b.fptrunc(vector, VHALF), VI16)
+    masked_store(b, halves, address, lanes_below(b, count), "v16i16")
+
+
 @emits(F32x16, F32x16)
 def as_half(b, vector):
     """Each lane rounded to float16 and widened again."""

@@ -17,6 +17,7 @@ from cpu_kernels.vectors.compiler import helper
 from cpu_kernels.vectors.vector import (
     I32,
     VF32,
+    VHALF,
     VI16,
     VI32,
     F32x16,
@@ -28,9 +29,12 @@ from cpu_kernels.vectors.vector import (
     load_bf16_tail,
     load_f32_tail,
     load_half_tail,
+    round_to_bf16,
+    store_as,
     store_bf16_tail,
     store_f32,
     store_f32_tail,
+    store_half_tail,
     widen_halves,
 )
 
@@ -120,10 +124,44 @@ def coded_block(source_dtype: str, weight_dtype: str):
     return pack_block
 
 
+def whole_storer(weight_dtype: str):
+    """Intrinsic (16 numbers, address): them as plain ones of this dtype."""
+
+    @emits(types.void, F32x16, intp)
+    def store(b, vector, at):
+        as_held = {"fp32": lambda: vector, "bf16": lambda: round_to_bf16(b, vector)}
+        store_as(b, as_held.get(weight_dtype, lambda: b.fptrunc(vector, VHALF))(), at)
+
+    return store
+
+
+def group_storer(weight_dtype: str):
+    """Function (four vectors, address, left): 64 numbers of a row, or those that are left; without a mask where all
+    are there, as `group_loader` reads them."""
+    store_tail = {"fp32": store_f32_tail, "bf16": store_bf16_tail, "fp16": store_half_tail}[weight_dtype]
+    store, part_bytes = whole_storer(weight_dtype), 64 if weight_dtype == "fp32" else 32
+
+    @helper
+    def store_group(v0, v1, v2, v3, at, left):
+        second, third, fourth = at + part_bytes, at + 2 * part_bytes, at + 3 * part_bytes
+        if left >= GROUP_INPUTS:
+            store(v0, at)
+            store(v1, second)
+            store(v2, third)
+            store(v3, fourth)
+            return
+        store_tail(v0, at, left)
+        store_tail(v1, second, left - 16)
+        store_tail(v2, third, left - 32)
+        store_tail(v3, fourth, left - 48)
+
+    return store_group
+
+
 def plain_block(source_dtype: str, weight_dtype: str):
     """Function (rows, row_bytes, in_features, to, scratch): a block of plain rows; False if a value is not finite."""
     load_group, source_bytes = group_loader(source_dtype), 4 if source_dtype == "fp32" else 2
-    store, item_bytes = (store_f32_tail, 4) if weight_dtype == "fp32" else (store_bf16_tail, 2)
+    store_group, item_bytes = group_storer(weight_dtype), 4 if weight_dtype == "fp32" else 2
 
     @helper
     def pack_row(source, in_features, target):
@@ -132,11 +170,7 @@ def plain_block(source_dtype: str, weight_dtype: str):
             v0, v1, v2, v3 = load_group(source + source_bytes * first, left)
             if not_finite(v0, v1, v2, v3):
                 return False
-            at = target + item_bytes * first
-            store(v0, at, left)
-            store(v1, at + 16 * item_bytes, left - 16)
-            store(v2, at + 32 * item_bytes, left - 32)
-            store(v3, at + 48 * item_bytes, left - 48)
+            store_group(v0, v1, v2, v3, target + item_bytes * first, left)
         return True
 
     @helper

@@ -165,3 +165,40 @@ def test_every_isa_chooses_the_same(isa, weight_dtype):
 
 def digest(packed: torch.Tensor) -> str:
     return hashlib.sha256(packed.numpy().tobytes()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("in_features", [1, 63, 64, 100, 256])
+@pytest.mark.parametrize("weight_dtype", ["fp32", "bf16", "fp16", "q8"])
+def test_blocks_may_have_others_between(weight_dtype, in_features):
+    """As those of gate have those of up."""
+    rows = torch.randn(48, in_features, generator=torch.Generator().manual_seed(0))
+    rows = rows.to(DTYPES.get(weight_dtype, torch.float32))
+    whole = pack(rows, weight_dtype)
+    apart = torch.full((3, 2, whole.shape[1]), 7, dtype=torch.uint8)
+    kernels().pack(rows, weight_dtype, apart[:, 0])
+
+    assert torch.equal(apart[:, 0], whole)
+    assert bool((apart[:, 1] == 7).all())
+
+
+def test_float16_stays_what_it_is_to_the_bit():
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    values = bits.view(torch.float16)
+    finite = bits[torch.isfinite(values)].view(torch.float16)  # subnormal ones and both zeros too
+    rows = finite[: finite.numel() // 1024 * 1024].view(16, -1)
+
+    assert torch.equal(pack(rows, "fp16").view(torch.int16), rows.contiguous().view(torch.int16).view(1, -1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("at", [(0, 0), (7, 99), (31, 63)])
+def test_float16_that_is_not_finite_is_refused(value, at):
+    rows = torch.zeros(32, 100, dtype=torch.float16)
+    rows[at] = value
+    with pytest.raises(ValueError, match="non-finite"):
+        pack(rows, "fp16")
+
+
+def test_other_numbers_do_not_become_float16():
+    with pytest.raises(ValueError, match="only float16 rows are kept as fp16"):
+        pack(torch.zeros(16, 64), "fp16")
