@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hetero_attn.checkpoints.expert_entries import by_our_names
 from hetero_attn.checkpoints.files import open_files, some
+from hetero_attn.checkpoints.raw_file import Extent
 from hetero_attn.checkpoints.row_order import groups, is_rotated, pieces, turn_back
 from hetero_attn.checkpoints.safetensors import ColumnsEntry, GroupsEntry, SafetensorsFile, TensorEntry
 from hetero_attn.errors import CheckpointError
@@ -179,7 +180,7 @@ class Checkpoint:
             f"out for {name} is {out.dtype} {tuple(out.shape)} on {out.device}, expected {dtype} {shape} on cpu"
         )
         if isinstance(entry, ColumnsEntry):
-            out.copy_(_columns(entry, dtype)[start:stop])
+            out.copy_(entry.values(dtype)[start:stop])
             return out
         row_bytes = entry.nbytes // max(entry.shape[0] if entry.shape else 1, 1)
         buffer = memoryview(out.reshape(-1).view(torch.uint8).numpy())
@@ -189,6 +190,14 @@ class Checkpoint:
         entry.file.read_weights(buffer, entry.offset + start * row_bytes)
         self._turn(name, out)
         return out
+
+    def extent(self, name: str, start: int, stop: int) -> Extent | None:
+        """As `WeightSource.extent`."""
+        entry = self._entry(name)
+        if type(entry) is not TensorEntry or (self._is_turned and is_rotated(name)):
+            return None
+        row_bytes = entry.nbytes // entry.shape[0]
+        return Extent(entry.file, entry.offset + start * row_bytes, (stop - start) * row_bytes)
 
     def read_integers(self, name: str) -> list[int]:
         """A tensor of whole numbers of 32 or 64 bits, such as a table of token ids; CheckpointError for others."""
@@ -281,15 +290,6 @@ class Checkpoint:
                 f"{self.path}: the weight files have layers up to {extra[-1]}, but num_hidden_layers in config.json is "
                 f"{num_layers}, so {len(extra)} layers would be dropped; correct config.json or download both again"
             )
-
-
-def _columns(entry: ColumnsEntry, dtype: "torch.dtype") -> "torch.Tensor":
-    """The tensor [rows, inputs], or [rows], that lies in the columns of a matrix of the file."""
-    import torch
-
-    values = torch.empty(entry.nbytes // dtype.itemsize, dtype=dtype, device="cpu")
-    entry.file.read_weights(memoryview(values.view(torch.uint8).numpy()), entry.offset)
-    return values.view(*entry.shape[1:], entry.columns)[..., entry.first :: entry.step].movedim(-1, 0)
 
 
 def _check_dtype(entry: TensorEntry, name: str) -> None:

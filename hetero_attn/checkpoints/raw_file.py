@@ -4,7 +4,7 @@ import os
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -14,6 +14,14 @@ from hetero_attn.errors import CheckpointError
 # Linux sees that reads follow each other, and fetches what comes next in large pages, by what lies before a read in its
 # cache: more than the read asks for. What it is told to fetch (POSIX_FADV_WILLNEED) it fetches in small pages.
 READ_BYTES = 1 << 20
+
+
+class Extent(NamedTuple):
+    """Bytes that lie in one piece in a file."""
+
+    file: "RawFile"
+    offset: int
+    nbytes: int
 
 
 class RawFile:
@@ -54,6 +62,16 @@ class RawFile:
             self.read_into(buffer, offset)
         elif self._stamp() != self._opened_as:
             self._fail_as_changed()
+
+    def read_weights_within(self, buffer: np.ndarray, offset: int, size: int) -> int:
+        """As `read_weights`, of `size` bytes that may lie anywhere in `buffer`, uint8 of SPARE_BYTES more, the rest of
+        which may hold anything then: where they begin."""
+        if self._fd >= 0 and (begin := self._uncached.read_within(buffer, offset, size)) is not None:
+            if self._stamp() != self._opened_as:
+                self._fail_as_changed()
+            return begin
+        self.read_into(buffer[:size].data, offset)
+        return 0
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer`, bytes, from byte `offset` of the file.

@@ -13,10 +13,13 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hetero_attn.checkpoints.raw_file import RawFile
 from hetero_attn.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 # The library reads headers of 100 MB, for which a parser takes minutes and gigabytes. A real file has a few thousand
 # tensors and a hundred bytes for each; the marks that JSON needs are counted before it is parsed.
@@ -55,6 +58,14 @@ class ColumnsEntry(TensorEntry):
     columns: int
     first: int
     step: int
+
+    def values(self, dtype: "torch.dtype") -> "torch.Tensor":
+        """The tensor [rows, inputs], or [rows]."""
+        import torch
+
+        found = torch.empty(self.nbytes // dtype.itemsize, dtype=dtype, device="cpu")
+        self.file.read_weights(memoryview(found.view(torch.uint8).numpy()), self.offset)
+        return found.view(*self.shape[1:], self.columns)[..., self.first :: self.step].movedim(-1, 0)
 
 
 @dataclass(frozen=True, slots=True)

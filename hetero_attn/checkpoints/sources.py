@@ -13,6 +13,7 @@ from hetero_attn.checkpoints.quantised.checkpoint import QuantisedCheckpoint
 from hetero_attn.checkpoints.quantised.declared import declared_formats
 from hetero_attn.checkpoints.quantised.order import together
 from hetero_attn.checkpoints.quantised.scheme import Scheme, read_scheme
+from hetero_attn.checkpoints.raw_file import Extent
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.config import ModelConfig, tensor_names
 from hetero_attn.spec.decoder.model import model_spec
@@ -53,6 +54,10 @@ class WeightSource(Protocol):
 
     def read(self, name: str, rows: slice | None = None, out: "torch.Tensor | None" = None) -> "torch.Tensor":
         """A tensor or a range of its rows."""
+
+    def extent(self, name: str, start: int, stop: int) -> Extent | None:
+        """Where the file has rows [start, stop) just as `read` gives them; None where it does not, or not in one
+        piece."""
 
 
 def is_gguf(path: Path) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 PIECE_BYTES = 2 << 20  # about what is read at once
 LEAST_BYTES = 256 << 10  # for less the cache, which also fetches what lies beside it, is as good
 ALIGNED_BYTES = 4096  # what disks want of positions, sizes and addresses
+SPARE_BYTES = 2 * ALIGNED_BYTES  # of memory beside what is read within it
 
 
 class UncachedReads:
@@ -40,16 +41,29 @@ class UncachedReads:
     def read_into(self, target: np.ndarray, offset: int) -> bool:
         """Fill `target`, uint8, from byte `offset` of the file. False where the caller has to read it: it is small, in
         the cache, or cannot be read so; `target` may hold anything then."""
-        if target.size < LEAST_BYTES or self._is_refused or self._descriptor() < 0:
-            return False
-        assert self._pages is not None
-        if self._pages.have(offset) and self._pages.have(offset + target.size - 1):
+        if not self._is_wanted(offset, target.size):
             return False
         memory = self._memory()
         try:
             return self._read(target, offset, memory)
         finally:
             self._spare.append(memory)
+
+    def read_within(self, memory: np.ndarray, offset: int, size: int) -> int | None:
+        """Read `size` bytes from byte `offset` of the file to `memory`, uint8 of SPARE_BYTES more: where in it they
+        begin, None where the caller has to read them. No byte is copied."""
+        if memory.ctypes.data % ALIGNED_BYTES or not self._is_wanted(offset, size):
+            return None
+        begin = offset % ALIGNED_BYTES
+        stop = -(-(begin + size) // ALIGNED_BYTES) * ALIGNED_BYTES
+        return begin if self._filled(memory[:stop], offset - begin) >= begin + size else None
+
+    def _is_wanted(self, offset: int, size: int) -> bool:
+        """Whether bytes are to be read past the cache, and can be."""
+        if size < LEAST_BYTES or self._is_refused or self._descriptor() < 0:
+            return False
+        assert self._pages is not None
+        return not (self._pages.have(offset) and self._pages.have(offset + size - 1))
 
     def _descriptor(self) -> int:
         with self._lock:
@@ -61,13 +75,13 @@ class UncachedReads:
 
     def _memory(self) -> np.ndarray:
         """For half a piece more than a piece."""
-        import torch
-
-        from cpu_kernels import fresh_memory
-
         try:
             return self._spare.pop()
         except IndexError:
+            import torch
+
+            from cpu_kernels import fresh_memory
+
             return fresh_memory((2 * PIECE_BYTES,), torch.uint8).numpy()
 
     def _read(self, target: np.ndarray, offset: int, memory: np.ndarray) -> bool:
@@ -98,14 +112,15 @@ class _CachedPages:
 
     def __init__(self, descriptor: int, size: int) -> None:
         self._mapped = np.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ), np.uint8)
+        self._first = self._mapped.ctypes.data
         # Python's lock is kept while it is called: it is over before another thread could have taken that.
         self._mincore = ctypes.PyDLL(None).mincore
-        self._mincore.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
+        self._mincore.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
 
     def have(self, offset: int) -> bool:
         """Whether this byte of the file is there; True also where the system does not tell."""
-        page, found = self._mapped.ctypes.data + offset // mmap.PAGESIZE * mmap.PAGESIZE, ctypes.create_string_buffer(1)
-        return self._mincore(page, 1, found) != 0 or found.raw[0] & 1 == 1
+        page, found = self._first + offset // mmap.PAGESIZE * mmap.PAGESIZE, ctypes.c_ubyte()
+        return self._mincore(page, 1, ctypes.byref(found)) != 0 or found.value & 1 == 1
 
 
 def _opened_uncached(path: Path, descriptor: int) -> int:

@@ -14,6 +14,7 @@ from hetero_attn.checkpoints.gguf.headers import KnownHeaders
 from hetero_attn.checkpoints.gguf.names import LONG_DIVISORS, ROPE_DIVISORS, SHORT_DIVISORS, split_block
 from hetero_attn.checkpoints.gguf.parts import open_parts
 from hetero_attn.checkpoints.gguf.value_heads import in_our_order
+from hetero_attn.checkpoints.raw_file import Extent
 from hetero_attn.checkpoints.row_order import in_turn, is_rotated, pieces, runs_between, turn_back
 from hetero_attn.errors import CheckpointError, UnsupportedModelError
 from hetero_attn.spec.blocks import ModelSpec
@@ -158,6 +159,17 @@ class GgufCheckpoint:
         if is_rotated(name) and self._terms.is_turned:
             turn_back(out, self.config.head_dim, self.config.rope.rotary_dim)
         return out
+
+    def extent(self, name: str, start: int, stop: int) -> Extent | None:
+        """As `WeightSource.extent`."""
+        entry = self._entry(name)
+        if is_rotated(name) and self._terms.is_turned:
+            return None
+        pieces = list(runs_between(entry.runs or ((0, entry.shape[0]),), start, stop))
+        if len(pieces) != 1:
+            return None
+        row_bytes = entry.nbytes // entry.shape[0]
+        return Extent(entry.file, entry.offset + pieces[0][0] * row_bytes, (stop - start) * row_bytes)
 
     def check(self, model: ModelSpec) -> list[str]:
         """Compare the tensors with those that the model's blocks declare; returns warnings in plain words.

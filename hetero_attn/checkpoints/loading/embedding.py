@@ -6,7 +6,7 @@ from cpu_kernels import CpuKernels, fresh_memory
 from cpu_kernels.formats import BLOCK_FEATURES, SOURCE_TYPES, format_of
 from hetero_attn.checkpoints.loading.landing import Landing
 from hetero_attn.checkpoints.loading.numbers import Numbers
-from hetero_attn.checkpoints.loading.unit_rows import PLAIN_DTYPES, numbers_of
+from hetero_attn.checkpoints.loading.run_rows import PLAIN_DTYPES, numbers_of
 from hetero_attn.checkpoints.sources import WeightSource
 
 EMBED_RUN_ROWS = 4096  # rows of codes read at once, whole blocks

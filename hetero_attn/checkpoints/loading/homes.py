@@ -1,15 +1,17 @@
 """Where the packed rows of a linear go: which of its units lie in GPU memory and which in host memory.
 
-Each kind of home takes what `UnitRows` reads, a run of units at a time, and a packer of the thread that has read it, if
-that is to pack it too; None: the team packs.
+Each kind of home takes what `UnitRows` reads, a run of units at a time, and the packer of a thread that packs alone;
+None: the team packs.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from cpu_kernels.formats import BLOCK_FEATURES
 from hetero_attn.checkpoints.loading.landing import Landing
 from hetero_attn.checkpoints.loading.packer import Packer
+from hetero_attn.checkpoints.loading.run_rows import Rows
 from hetero_attn.spec.weights import LinearSpec
 
 
@@ -23,9 +25,10 @@ class RowCut:
     dram: torch.Tensor
     gpu_inputs: int
 
-    def place(self, start: int, stop: int, runs: list[torch.Tensor], packer: Packer | None = None) -> None:
+    def place(self, start: int, stop: int, runs: list[Rows], packer: Packer | None = None) -> None:
         """Units [start, stop) of output features."""
         (rows,), spec, inputs = runs, self.spec, self.gpu_inputs
+        assert isinstance(rows, torch.Tensor), f"{spec.name} is cut by inputs and has parts side by side"
         run = slice(start * spec.unit_rows, stop * spec.unit_rows)
         split = inputs * rows.shape[1] // spec.in_features  # of bytes, where rows are the file's
         if inputs:
@@ -46,7 +49,7 @@ class ColumnCut:
     dram: torch.Tensor
     first_dram_unit: int
 
-    def place(self, start: int, stop: int, runs: list[torch.Tensor], packer: Packer | None = None) -> None:
+    def place(self, start: int, stop: int, runs: list[Rows], packer: Packer | None = None) -> None:
         """Units [start, stop)."""
         cut = self.first_dram_unit
         for first, last, target, offset in (
@@ -70,14 +73,14 @@ class Uncut:
     blocks: torch.Tensor
     on_device: bool
 
-    def place(self, start: int, stop: int, runs: list[torch.Tensor], packer: Packer | None = None) -> None:
+    def place(self, start: int, stop: int, runs: list[Rows], packer: Packer | None = None) -> None:
         """Units [start, stop)."""
         run = self.blocks[start * self.spec.unit_rows : stop * self.spec.unit_rows]
         self.landing.place(self.spec, runs, self.spec.in_features, run, self.on_device, packer)
 
 
-def _of_units(rows: torch.Tensor, units: int, start: int, stop: int) -> torch.Tensor:
+def _of_units(rows: Rows, units: int, start: int, stop: int) -> Rows:
     """Rows of units [start, stop) of a run's, as `UnitRows.runs` gives them."""
-    if rows.dim() > 2:
-        return rows[start:stop]
+    if isinstance(rows, tuple):
+        return tuple(part[start * BLOCK_FEATURES : stop * BLOCK_FEATURES] for part in rows)
     return rows.view(units, -1, rows.shape[1])[start:stop].flatten(0, 1)

@@ -8,6 +8,7 @@ import torch
 from hetero_attn.checkpoints.loading.home_memory import HomeMemory
 from hetero_attn.checkpoints.loading.packer import Packer
 from hetero_attn.checkpoints.loading.requantised import Comparison
+from hetero_attn.checkpoints.loading.run_rows import Rows
 from hetero_attn.checkpoints.sources import WeightSource
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.spec.weights import LinearSpec
@@ -57,7 +58,7 @@ class Landing:
     def place(
         self,
         spec: LinearSpec,
-        runs: list[torch.Tensor],
+        runs: list[Rows],
         in_features: int,
         target: torch.Tensor,
         on_device: bool,

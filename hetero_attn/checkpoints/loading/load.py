@@ -7,7 +7,7 @@ held twice. A tensor with a NaN or an infinity is named and refused before anyth
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from itertools import chain
 
 import torch
@@ -17,8 +17,8 @@ from hetero_attn.checkpoints.loading.embedding import Embedding
 from hetero_attn.checkpoints.loading.homes import ColumnCut, RowCut, Uncut
 from hetero_attn.checkpoints.loading.landing import Landing
 from hetero_attn.checkpoints.loading.numbers import Numbers
-from hetero_attn.checkpoints.loading.packer import Packer, Packers
-from hetero_attn.checkpoints.loading.unit_rows import READERS, Filling, UnitRows
+from hetero_attn.checkpoints.loading.packer import Packers
+from hetero_attn.checkpoints.loading.unit_rows import Filling, UnitRows
 from hetero_attn.checkpoints.sources import WeightSource
 from hetero_attn.lanes.activation import Activation
 from hetero_attn.lanes.lanes import Lanes
@@ -33,6 +33,8 @@ from hetero_attn.spec.weight_formats import WeightFormats, weight_formats
 from hetero_attn.spec.weights import LinearSpec
 from placement.plan.memory import LinearPlacement, first_dram_unit, staging_piece_units
 from placement.plan.plan import Plan
+
+MAX_PACKERS = 4  # threads that pack on their own
 
 
 class Loader:
@@ -60,7 +62,7 @@ class Loader:
         self._landing = Landing(checkpoint, lanes, plan.workload.weight_bytes)
         self._progress = progress
         self._numbers = Numbers(checkpoint, lanes.host_ops)
-        self._unit_rows = UnitRows(checkpoint, model.packed_linears, lanes.host_ops, self._packer())
+        self._unit_rows = UnitRows(checkpoint, model.packed_linears, lanes.host_ops, self._packers())
         self._placed = {
             shard.name: (shard.row_cut, placement)
             for shard, placement in zip(plan.workload.linears, plan.linears, strict=True)
@@ -89,10 +91,10 @@ class Loader:
             requantised=self._landing.comparison.result(),
         )
 
-    def _packer(self) -> Callable[[], AbstractContextManager[Packer]] | None:
-        """For the threads that read, where these are no fewer than the team's, which else packs sooner."""
+    def _packers(self) -> Packers | None:
+        """Where they are few; many would hinder each other in Python, and the team packs sooner."""
         ops = self._lanes.host_ops
-        return Packers(self._checkpoint, ops).one if ops.num_threads <= READERS else None
+        return Packers(self._checkpoint, ops) if ops.num_threads <= MAX_PACKERS else None
 
     def _fill(self) -> None:
         """Read and place the rows of all linears, in the order in which they got their memory."""
@@ -131,7 +133,7 @@ class Loader:
         gpu = None
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((blocks, gpu_bytes), torch.uint8, "weights")
-        self._fillings.append([Filling(spec, None, 0, RowCut(self._landing, spec, gpu, dram, home).place, home == 0)])
+        self._fillings.append([Filling(spec, RowCut(self._landing, spec, gpu, dram, home).place, home == 0)])
         piece_bytes = self._piece_units(spec) * spec.unit_bytes
         return LinearWeights(
             spec=spec,
@@ -153,7 +155,7 @@ class Loader:
         if self._lanes.device is not None:
             gpu = self._lanes.device.empty((home_blocks, row_bytes), torch.uint8, "weights")
         place = ColumnCut(self._landing, spec, gpu, dram, in_dram).place
-        self._fillings.append([Filling(spec, dram, in_dram, place, in_dram == 0)])
+        self._fillings.append([Filling(spec, place, in_dram == 0)])
         if in_dram < placement.gpu_units:
             self._copies.append((gpu, dram[:home_blocks]))
         return LinearWeights(
@@ -198,7 +200,7 @@ class Loader:
         for linear, part in zip(spec.expert(index), parts, strict=True):
             blocks = part.view(linear.units * linear.unit_rows, -1)
             home = Uncut(self._landing, linear, blocks, on_device)
-            yield Filling(linear, None if on_device else blocks, 0, home.place, not on_device)
+            yield Filling(linear, home.place, not on_device)
 
     def _matrix(self, matrix: Matrix) -> Activation:
         values = torch.zeros((matrix.padded_rows, matrix.features), dtype=torch.float32, device="cpu")

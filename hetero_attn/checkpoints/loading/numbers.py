@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from cpu_kernels import CpuKernels
-from hetero_attn.checkpoints.loading.unit_rows import numbers_of
+from hetero_attn.checkpoints.loading.run_rows import numbers_of
 from hetero_attn.checkpoints.sources import WeightSource
 from hetero_attn.errors import CheckpointError
 

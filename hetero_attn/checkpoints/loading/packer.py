@@ -1,6 +1,5 @@
-"""Rows of a file packed into blocks: by the whole team, or by a thread that has read them, alone."""
+"""Rows of a file packed into blocks: by the whole team, or by one thread alone."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -9,8 +8,8 @@ import torch
 
 from cpu_kernels import CpuKernels, fresh_memory
 from cpu_kernels.formats import BLOCK_FEATURES, segments
-from hetero_attn.checkpoints.loading.numbers import Numbers
 from hetero_attn.checkpoints.loading.requantised import Comparison
+from hetero_attn.checkpoints.loading.run_rows import Rows
 from hetero_attn.checkpoints.sources import WeightSource
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.weights import LinearSpec
@@ -24,38 +23,33 @@ class Packer:
 
     def __init__(self, source: WeightSource, ops: CpuKernels, comparison: Comparison | None = None) -> None:
         self._source, self._ops, self._comparison = source, ops, comparison
-        self._numbers = Numbers(source, ops)
         self._apart = fresh_memory((0,), torch.uint8)  # packed rows on their way to between others of their units
 
-    def pack_units(self, spec: LinearSpec, runs: list[torch.Tensor], in_features: int, out: torch.Tensor) -> None:
+    def pack_units(self, spec: LinearSpec, runs: list[Rows], in_features: int, out: torch.Tensor) -> None:
         """The rows of every run of parts (`LinearSpec.runs`) into `out`."""
         for (_, parts), segment, rows in zip(spec.runs, segments(spec.format, in_features), runs, strict=True):
             tensors, name = [part.tensor for part in parts], segment.format.name
             if len(runs) == 1:
                 self._pack_parts(tensors, rows, name, out)
                 continue
-            count = math.prod(rows.shape[:-1]) // BLOCK_FEATURES
+            count = _features(rows) // BLOCK_FEATURES
             blocks = self._memory_apart(count, segment.format.block_bytes(in_features))
             self._pack_parts(tensors, rows, name, blocks)
             size = segment.blocks * blocks.shape[1]
             # By numpy: torch's threads go on spinning after a copy that they have shared, on the cores that pack.
             out.numpy()[:, segment.first_byte : segment.first_byte + size] = blocks.view(-1, size).numpy()
 
-    def _pack_parts(self, tensors: list[str], rows: torch.Tensor, name: str, out: torch.Tensor) -> None:
+    def _pack_parts(self, tensors: list[str], rows: Rows, name: str, out: torch.Tensor) -> None:
         """Rows that lie as their blocks do, or part by part, each with a block in every unit."""
-        if rows.dim() == 2:
+        if isinstance(rows, torch.Tensor):
             self.pack(tensors, rows, name, out)
             return
-        blocks = out.view(*rows.shape[:2], out.shape[1])
-        for index, tensor in enumerate(tensors):
-            self.pack([tensor], rows[:, index].flatten(0, 1), name, blocks[:, index])
+        blocks = out.view(-1, len(rows), out.shape[1])
+        for index, (tensor, part) in enumerate(zip(tensors, rows, strict=True)):
+            self.pack([tensor], part, name, blocks[:, index])
 
     def pack(self, tensors: list[str], rows: torch.Tensor, name: str, out: torch.Tensor) -> None:
-        """Rows of these tensors into blocks of a format: codes as they are in the file, or numbers, which may lie there
-        already."""
-        if rows.data_ptr() == out.data_ptr():
-            self._numbers.check(", ".join(tensors), rows)
-            return
+        """Rows of these tensors into blocks of a format: codes as they are in the file, or numbers."""
         try:
             if rows.dtype == torch.uint8:
                 self._ops.repack(rows, self._source.source_type(tensors[0]), out)
@@ -77,16 +71,21 @@ class Packer:
         return self._apart[:size].view(blocks, block_bytes)
 
 
+def _features(rows: Rows) -> int:
+    return sum(part.shape[0] for part in ([rows] if isinstance(rows, torch.Tensor) else rows))
+
+
 class Packers:
     """As many packers as a team has threads, each for one thread at a time, so that no more of them pack at once.
 
     They do not wait for each other, as the threads of a team do at the end of each run: on cores that also read, one is
-    often late.
+    often late. count: how many they are.
     """
 
     def __init__(self, source: WeightSource, ops: CpuKernels) -> None:
+        self.count = ops.num_threads
         self._idle: SimpleQueue[Packer] = SimpleQueue()
-        for _ in range(ops.num_threads):
+        for _ in range(self.count):
             self._idle.put(Packer(source, ops.alone()))
 
     @contextmanager

@@ -8,7 +8,7 @@ import torch
 
 from cpu_kernels import CpuKernels
 from cpu_kernels.formats import format_of
-from hetero_attn.checkpoints.loading.unit_rows import PLAIN_DTYPES
+from hetero_attn.checkpoints.loading.run_rows import PLAIN_DTYPES
 from hetero_attn.checkpoints.sources import WeightSource
 from hetero_attn.models.requantised import Requantised
 

@@ -14,6 +14,7 @@ from hetero_attn.checkpoints.quantised.find import find_modules
 from hetero_attn.checkpoints.quantised.module import Module, RowWriter
 from hetero_attn.checkpoints.quantised.order import SCATTERED_APART, apart
 from hetero_attn.checkpoints.quantised.scheme import read_scheme
+from hetero_attn.checkpoints.raw_file import Extent
 from hetero_attn.checkpoints.row_order import Runs, in_turn, rows_of, runs_between
 from hetero_attn.checkpoints.safetensors import SafetensorsFile
 from hetero_attn.errors import CheckpointError
@@ -186,6 +187,10 @@ class QuantisedCheckpoint(Checkpoint):
             write(at, at + count, out[to : to + count])
         self._turn(name, out)
         return out
+
+    def extent(self, name: str, start: int, stop: int) -> Extent | None:
+        """As `Checkpoint.extent`; None of a quantised linear, whose codes are put together when they are read."""
+        return None if name in self._modules else super().extent(name, start, stop)
 
     def check(self, model: ModelSpec) -> list[str]:
         """As `Checkpoint.check`; a bias that would be ignored must be zero, and linears without a format are named."""

@@ -26,7 +26,7 @@ from cpu_kernels.formats import format_of
 from cpu_kernels.formats.pages import row_items
 from cpu_kernels.formats.weights import BLOCK_FEATURES, block_bytes
 from hetero_attn.cache.pages import TORCH_DTYPES
-from hetero_attn.checkpoints.loading.unit_rows import PLAIN_DTYPES
+from hetero_attn.checkpoints.loading.run_rows import PLAIN_DTYPES
 from hetero_attn.engine.engine import Engine
 from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.decoder.mlp import activation_op

@@ -15,7 +15,7 @@ import torch
 
 from cpu_kernels import CpuKernels
 from cpu_kernels.formats import GGUF_BY_NAME
-from hetero_attn.checkpoints.loading.unit_rows import dequantised
+from hetero_attn.checkpoints.loading.run_rows import dequantised
 from hetero_attn.errors import CheckpointError
 from hetero_attn.tools.quantize.blocks import BLOCK_TYPES, BlockType, Grid
 

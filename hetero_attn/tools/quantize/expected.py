@@ -13,7 +13,7 @@ import torch
 from cpu_kernels import CpuKernels
 from hetero_attn.checkpoints.checkpoint import Checkpoint
 from hetero_attn.checkpoints.gguf.checkpoint import GgufCheckpoint
-from hetero_attn.checkpoints.loading.unit_rows import numbers_of
+from hetero_attn.checkpoints.loading.run_rows import numbers_of
 from hetero_attn.serving.progress import steps_bar
 from hetero_attn.spec.tensor_names import split_name, tensor_name
 from hetero_attn.tools.quantize.choose import Loss

@@ -19,7 +19,7 @@ from hetero_attn.checkpoints.gguf.file import GgufTensor
 from hetero_attn.checkpoints.gguf.names import ROPE_DIVISORS
 from hetero_attn.checkpoints.gguf.writer import NewTensor, expect_room, write_gguf
 from hetero_attn.checkpoints.hub import resolve_model
-from hetero_attn.checkpoints.loading.unit_rows import numbers_of
+from hetero_attn.checkpoints.loading.run_rows import numbers_of
 from hetero_attn.checkpoints.row_order import is_rotated, turned
 from hetero_attn.checkpoints.sources import open_source, read_config
 from hetero_attn.errors import ArgumentError, CheckpointError

@@ -1,4 +1,4 @@
-"""A thread that has read a run packs it too: where that is host memory, and never what has to be done in order."""
+"""Threads pack runs that others have read: where that is host memory, and never what has to be done in order."""
 
 import threading
 from contextlib import closing
@@ -9,8 +9,9 @@ import torch
 from cpu_kernels import CpuKernels
 from cpu_kernels.formats import GGUF_TYPES
 from hetero_attn.checkpoints.loading.homes import ColumnCut
+from hetero_attn.checkpoints.loading.load import MAX_PACKERS
 from hetero_attn.checkpoints.loading.packer import Packer, Packers
-from hetero_attn.checkpoints.loading.unit_rows import READERS, Filling, UnitRows
+from hetero_attn.checkpoints.loading.unit_rows import Filling, UnitRows
 from hetero_attn.engine.build import build_engine
 from hetero_attn.errors import CheckpointError
 from hetero_attn.planning.options import LoadOptions
@@ -42,9 +43,9 @@ def placed_by(source, monkeypatch, is_in_host=True):
         packer.pack_units(spec, rows, 32, blocks[start:stop])
         threads[start] = threading.current_thread().name
 
-    with CpuKernels(2) as ops, closing(UnitRows(source, (spec,), ops, Packers(source, ops).one)) as reader:
+    with CpuKernels(2) as ops, closing(UnitRows(source, (spec,), ops, Packers(source, ops))) as reader:
         own, mine = Packer(source, ops), []
-        for _, start, stop, rows in reader.runs([Filling(spec, None, 0, place, is_in_host)]):
+        for _, start, stop, rows in reader.runs([Filling(spec, place, is_in_host)]):
             if rows is not None:
                 mine.append(start)
                 place(start, stop, rows, own)
@@ -56,13 +57,13 @@ def numbers():
     return torch.randn(16 * UNITS, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
 
 
-def test_readers_place_what_goes_to_host_memory(numbers, monkeypatch):
+def test_packers_place_what_goes_to_host_memory(numbers, monkeypatch):
     """The team's threads waited for each other after every run, on cores that others read with."""
     threads, mine, blocks = placed_by(Plain(a=numbers), monkeypatch)
     _, _, expected = placed_by(Plain(a=numbers), monkeypatch, is_in_host=False)
 
     assert sorted(threads) == list(range(UNITS)) and not mine
-    assert all(name.startswith("hetero-attn-reader") for name in threads.values())
+    assert all(name.startswith("hetero-attn-packer") for name in threads.values())
     assert torch.equal(blocks, expected)
 
 
@@ -75,7 +76,7 @@ def test_the_caller_places_what_goes_elsewhere_and_what_is_compared(numbers, mon
     assert set(threads.values()) == {threading.current_thread().name}
 
 
-def test_a_number_that_a_reader_finds_is_told_by_its_tensor(numbers, monkeypatch):
+def test_a_number_that_a_packer_finds_is_told_by_its_tensor(numbers, monkeypatch):
     numbers[100, 3] = float("nan")
     source = Plain(a=numbers)
     source.path = "model"
@@ -114,7 +115,7 @@ def test_codes_of_gate_and_up_stay_apart_until_they_are_packed(cut, rows):
             Packer(source, kernels()).pack_units(spec, runs, in_features, target)
 
     with closing(UnitRows(source, (spec,), kernels())) as reader:
-        for _, *run in reader.runs([Filling(spec, last, cut, None)]):
+        for _, *run in reader.runs([Filling(spec, None)]):
             ColumnCut(Here(), spec, first, last, cut).place(*run)
 
     assert torch.equal(torch.cat((first, last)), expected)
@@ -134,7 +135,7 @@ def loaded(path, dtype, threads):
 def test_a_large_team_packs_itself_to_the_same_bytes(tmp_path, dtype):
     path = make_checkpoint(tmp_path, layers=2, dtype=torch.bfloat16)
     few, told = loaded(path, dtype, 1)
-    many, _ = loaded(path, dtype, READERS + 1)
+    many, _ = loaded(path, dtype, MAX_PACKERS + 1)
 
     assert all(map(torch.equal, few, many)) and len(few) == len(many) > 4
     assert told == {threading.current_thread()}

@@ -1,5 +1,6 @@
 """Reads past the system's cache: the same bytes from every position, and what they leave alone."""
 
+import mmap
 import os
 import threading
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from hetero_attn.checkpoints import uncached
 from hetero_attn.checkpoints.raw_file import RawFile
-from hetero_attn.checkpoints.uncached import UncachedReads
+from hetero_attn.checkpoints.uncached import SPARE_BYTES, UncachedReads
 from hetero_attn.errors import CheckpointError
 
 SIZE = 5_200_001
@@ -72,6 +73,39 @@ def test_bytes_are_those_of_the_file(reads, content, offset, size):
     assert around[0] == around[-1] == 7
 
 
+def buffer_for(size: int) -> np.ndarray:
+    """Page-aligned memory for so many bytes of a file, of which none is known."""
+    return np.frombuffer(mmap.mmap(-1, size + SPARE_BYTES), np.uint8)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4095, 4096, 777_777])
+@pytest.mark.parametrize("size", [1, 4096, 3 * PIECE // 2, SIZE - 777_777])
+def test_bytes_lie_where_the_disk_has_brought_them_to(reads, content, offset, size):
+    memory = buffer_for(size)
+    begin = reads.read_within(memory, offset, size)
+
+    assert memory[begin : begin + size].tobytes() == content[offset : offset + size]
+
+
+@pytest.mark.parametrize("path_is", ["in the cache", "shorter than it was"])
+def test_what_cannot_be_read_within_a_buffer_is_left_to_the_caller(path, evict, path_is):
+    reads = opened(path)
+    if path_is == "in the cache":
+        path.read_bytes()
+    else:
+        os.truncate(path, SIZE // 2)
+
+    assert reads.read_within(buffer_for(SIZE), 0, SIZE) is None
+
+
+def test_memory_between_pages_is_read_to_through_the_cache(reads, path, content):
+    memory = buffer_for(SIZE + 1)[1:]
+
+    assert reads.read_within(memory, 0, SIZE) is None
+    assert RawFile(path).read_weights_within(memory, 5, SIZE - 5) == 0
+    assert memory[: SIZE - 5].tobytes() == content[5:]
+
+
 def test_the_end_of_the_file_is_read(reads, content):
     found = np.empty(2_333_333, np.uint8)
 
@@ -118,12 +152,21 @@ def test_another_file_of_that_name_is_not_read(path, evict, content):
     assert not reads.read_into(np.empty(SIZE, np.uint8), 0)
 
 
+def readings(file):
+    """Both ways to read the weights of a file."""
+    return (
+        lambda: file.read_weights(memoryview(bytearray(SIZE)), 0),
+        lambda: file.read_weights_within(buffer_for(SIZE), 0, SIZE),
+    )
+
+
 def test_weights_of_a_file_that_was_cut_off_are_an_error(path, evict):
     file = RawFile(path)
     os.truncate(path, SIZE // 2)
 
-    with pytest.raises(CheckpointError, match="changed while it was in use"):
-        file.read_weights(memoryview(bytearray(SIZE)), 0)
+    for read in readings(file):
+        with pytest.raises(CheckpointError, match="changed while it was in use"):
+            read()
 
 
 def test_weights_of_a_file_that_was_written_to_are_an_error(path, evict, content):
@@ -133,8 +176,18 @@ def test_weights_of_a_file_that_was_written_to_are_an_error(path, evict, content
         os.fsync(other.fileno())
     evict()
 
-    with pytest.raises(CheckpointError, match="changed while it was in use"):
-        file.read_weights(memoryview(bytearray(SIZE)), 0)
+    for read in readings(file):
+        with pytest.raises(CheckpointError, match="changed while it was in use"):
+            read()
+
+
+def test_weights_of_a_closed_file_are_an_error(path):
+    file = RawFile(path)
+    file.close()
+
+    for read in readings(file):
+        with pytest.raises(CheckpointError, match="is closed"):
+            read()
 
 
 def test_threads_read_at_once_each_its_own(path, evict, content):

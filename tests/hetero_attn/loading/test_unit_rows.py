@@ -11,13 +11,14 @@ import torch
 from cpu_kernels import CpuKernels
 from cpu_kernels.formats import SOURCE_TYPES
 from hetero_attn.checkpoints.loading.unit_rows import READERS, Filling, UnitRows
+from hetero_attn.checkpoints.raw_file import Extent, RawFile
 from hetero_attn.errors import CheckpointError
 from hetero_attn.spec.weights import LinearSpec, Part
 
 
-def alone(spec, home=None, first_unit=0):
+def alone(spec):
     """A linear to be read."""
-    return Filling(spec, home, first_unit, place=None)
+    return Filling(spec, place=None)
 
 
 class Codes:
@@ -41,6 +42,9 @@ class Codes:
 
     def read(self, name, rows, out):
         out.copy_(self.data[rows])
+
+    def extent(self, name, start, stop):
+        return None
 
 
 @pytest.mark.parametrize("kind", ["FP8_G128", "INT8_G128"])
@@ -78,25 +82,96 @@ class Plain(Codes):
         out.copy_(self.tensors[name][rows])
 
 
-@pytest.mark.parametrize("first_unit", [0, 1, 3])
-@pytest.mark.parametrize("dtype", ["bf16", "q8"])
-def test_numbers_held_as_they_are_are_read_straight_into_their_home(dtype, first_unit, monkeypatch):
-    """Every number was copied twice or three times: into a buffer, beside the other parts', and into its block."""
-    monkeypatch.setattr("hetero_attn.checkpoints.loading.unit_rows.RUN_BYTES", 32 * 32 * 2)
+def numbers(*names, rows=48):
+    """A source of matrices of 32 inputs."""
     draw = torch.Generator().manual_seed(0)
-    source = Plain(**{name: torch.randn(48, 32, generator=draw).bfloat16() for name in "ab"})
-    spec = LinearSpec("layers.0.gate_up", "gate_up", 0, 32, tuple(Part(name, 16, 48, dtype) for name in "ab"), False)
-    home = torch.zeros(2 * (spec.units - first_unit), 16 * 32 * 2, dtype=torch.uint8)
-    expected = torch.cat([source.tensors[name].view(3, 16, 32) for name in "ab"], 1)
+    return Plain(**{name: torch.randn(rows, 32, generator=draw).bfloat16() for name in names})
 
-    filling = alone(spec, home, first_unit)
-    for _, start, stop, (rows,) in UnitRows(source, (spec,), CpuKernels(1)).runs([filling]):
-        lies_at_home = rows.data_ptr() == home.data_ptr() + 64 * 32 * (start - first_unit)
 
-        assert torch.equal(rows.view(-1, 32, 32), expected[start:stop])
-        assert lies_at_home == (dtype == "bf16" and start >= first_unit)
-    if dtype == "bf16":
-        assert torch.equal(home.view(torch.bfloat16).view(-1, 32, 32), expected[first_unit:])
+def linear(*names, dtype="bf16", rows=48, rows_per_unit=16):
+    """A linear of these tensors."""
+    parts = tuple(Part(name, rows_per_unit, rows, dtype) for name in names)
+    return LinearSpec(f"layers.0.{'_'.join(names)}", "o", 0, 32, parts, False)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "q8"])
+def test_parts_with_a_block_in_each_unit_stay_apart(dtype, monkeypatch):
+    """Every number was copied beside the other part's, and from there into its block."""
+    monkeypatch.setattr("hetero_attn.checkpoints.loading.unit_rows.RUN_BYTES", 32 * 32 * 2)
+    source, spec = numbers("a", "b"), linear("a", "b", dtype=dtype)
+
+    for _, start, stop, (rows,) in UnitRows(source, (spec,), CpuKernels(1)).runs([alone(spec)]):
+        assert len(rows) == 2
+        assert all(
+            torch.equal(part, source.tensors[name][16 * start : 16 * stop])
+            for name, part in zip("ab", rows, strict=True)
+        )
+
+
+def test_parts_that_share_a_block_are_gathered_unit_by_unit():
+    source, spec = numbers("a", "b", rows=20), linear("a", "b", rows=20, rows_per_unit=4)
+    expected = torch.cat([source.tensors[name].view(5, 4, 32) for name in "ab"] + [torch.zeros(5, 8, 32)], 1)
+
+    ((_, start, stop, (rows,)),) = UnitRows(source, (spec,), CpuKernels(1)).runs([alone(spec)])
+
+    assert (start, stop) == (0, 5)
+    assert torch.equal(rows.float(), expected.view(-1, 32))
+
+
+class Filed(Plain):
+    """A source whose tensors lie behind each other in one file, which notes what it is asked for."""
+
+    def __init__(self, path, first=64, **tensors):
+        super().__init__(**tensors)
+        self.asked, self.offsets = [], {}
+        data = bytearray(first)
+        for name, tensor in tensors.items():
+            self.offsets[name] = len(data)
+            data += tensor.view(torch.uint8).numpy().tobytes()
+        path.write_bytes(data)
+        self.file = RawFile(path)
+
+    def extent(self, name, start, stop):
+        return Extent(self, self.offsets[name] + 64 * start, 64 * (stop - start))
+
+    def read_weights_within(self, buffer, offset, size):
+        self.asked.append((offset, size))
+        return self.file.read_weights_within(buffer, offset, size)
+
+    def read(self, name, rows, out):
+        raise AssertionError(f"{name} lies in one piece in the file")
+
+
+def test_what_lies_side_by_side_in_the_file_is_read_at_once(tmp_path):
+    """Experts were read a megabyte at a time, and each cost a turn of the disk and of Python."""
+    source = Filed(tmp_path / "weights", **numbers("a", "b", "c", "d").tensors)
+    specs = [linear("a", "c"), linear("d"), linear("b")]
+
+    runs = list(UnitRows(source, tuple(specs), CpuKernels(1)).runs(map(alone, specs)))
+
+    assert source.asked == [(64, 4 * 48 * 64)]
+    found = {part.tensor: rows for filling, *_, each in runs for part, rows in zip(filling.spec.parts, flat(each))}
+    assert found.keys() == source.tensors.keys()
+    assert all(torch.equal(rows, source.tensors[name]) for name, rows in found.items())
+
+
+def flat(runs):
+    """The rows of every part."""
+    return [part for rows in runs for part in (rows if isinstance(rows, tuple) else [rows])]
+
+
+@pytest.mark.parametrize("gap", [1, 64])
+def test_what_lies_apart_in_the_file_is_read_by_itself(tmp_path, gap):
+    """Also numbers at odd bytes, which no tensor can begin at."""
+    tensors = numbers("a", "b").tensors
+    source = Filed(tmp_path / "weights", a=tensors["a"], gap=torch.zeros(gap, dtype=torch.uint8), b=tensors["b"])
+    source.read = lambda name, rows, out: out.copy_(tensors[name][rows])
+    spec = linear("a", "b")
+
+    ((*_, (rows,)),) = UnitRows(source, (spec,), CpuKernels(1)).runs([alone(spec)])
+
+    assert len(source.asked) == (1 if gap == 1 else 2)
+    assert all(map(torch.equal, rows, tensors.values()))
 
 
 class Watched(Plain):
