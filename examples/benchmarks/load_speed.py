@@ -4,10 +4,11 @@
 
 Every load is a process of its own; the first one, which may compile kernels, does not count. A load is from the page
 cache, into which the file is read first: loads themselves leave nothing there. With --cold the file is dropped from it
-instead, and the ceiling stands beside: the disk's speed, reading the same file from end to end, dropped as well, just
-before each load. Before a load as much memory as it will take is
-written to once and given back, and the table says how fast that went: a virtual machine may get memory only when it is
-first touched, at a few hundred MB/s, and would measure that instead.
+instead, and two ceilings stand beside, just before each load: the disk's speed, reading the same file from end to end
+past the cache (O_DIRECT) into memory that has been written to, a place of its own for every byte, as a load needs; and
+what a plain program gets that reads it through the cache into one buffer. Before a load twice as much memory as the
+file has is written to once and given back, and the table says how fast that went: a virtual machine may get memory only
+when it is first touched, at a few hundred MB/s, and would measure that instead.
 
 CPU seconds are those of all threads while weights are read and packed: a file of G GB in S of them keeps up, on T
 threads that do nothing else, with a disk of T * G / S GB/s. Wall time means something only on a machine that does
@@ -23,6 +24,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import torch
+
+from cpu_kernels import fresh_memory
 
 LOAD = """
 import json, sys, time
@@ -40,8 +45,7 @@ def touch(size):
     return time.perf_counter() - began
 
 def measured(loader, load=Loader.load):
-    copies = 2 if is_cold else 1  # the system's copy of the file takes memory too
-    found["memory_s"] = touch(copies * int(size)) / copies
+    found["memory_s"] = touch(2 * int(size)) / 2  # what is freed is not all that the system gives out next
     open("/proc/self/clear_refs", "w").write("5")  # the peak of memory is counted from here
     before, began, cpu = kib("VmRSS"), time.perf_counter(), time.process_time()
     weights = load(loader)
@@ -50,7 +54,7 @@ def measured(loader, load=Loader.load):
     return weights
 
 found, Loader.load = {}, measured
-path, dtype, threads, size, *is_cold = sys.argv[1:]
+path, dtype, threads, size = sys.argv[1:]
 with LLM(path, dtype=dtype, device="cpu", max_context=64, num_threads=int(threads), progress=False) as llm:
     found["packed"] = llm.plan.workload.weight_bytes + llm.plan.workload.embed_bytes
 print(json.dumps(found))
@@ -58,6 +62,7 @@ print(json.dumps(found))
 
 
 READ_BYTES = 16 << 20  # at once, where the disk is measured
+PAST_BYTES = 8 << 20
 
 
 def files_of(path: Path) -> list[Path]:
@@ -88,9 +93,25 @@ def read_s(path: Path) -> float:
     return time.perf_counter() - began
 
 
+def disk_s(path: Path) -> float:
+    """Seconds of reading a model's weights past the page cache, each byte to its own place."""
+    total = 0.0
+    for file in files_of(path):
+        size = file.stat().st_size
+        memory = fresh_memory((size + PAST_BYTES,), torch.uint8).numpy()
+        memory[::4096] = 1
+        descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+        began = time.perf_counter()
+        for at in range(0, size, PAST_BYTES):
+            os.preadv(descriptor, [memory[at : at + PAST_BYTES]], at)
+        total += time.perf_counter() - began
+        os.close(descriptor)
+    return total
+
+
 def measured(path: Path, dtype: str, threads: int, repetitions: int, cold: bool) -> dict[str, float]:
     """Medians over the loads that count."""
-    command = [sys.executable, "-c", LOAD, str(path), dtype, str(threads), str(file_bytes(path)), *["cold"] * cold]
+    command = [sys.executable, "-c", LOAD, str(path), dtype, str(threads), str(file_bytes(path))]
     runs = []
     for _ in range(repetitions + 1):
         ceiling = {}
@@ -98,7 +119,7 @@ def measured(path: Path, dtype: str, threads: int, repetitions: int, cold: bool)
             drop(path)
         seconds = read_s(path)
         if cold:
-            ceiling["disk_s"] = seconds
+            ceiling = {"disk_s": disk_s(path), "plain_s": seconds}
             drop(path)
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         runs.append(ceiling | json.loads(done.stdout.splitlines()[-1]))
@@ -114,7 +135,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="from the disk, beside what the disk can do")
     options = parser.parse_args()
     rows = []
-    disk = f"{'disk':>6}" if options.cold else ""
+    disk = f"{'disk':>6}{'plain':>7}" if options.cold else ""
     print("GB/s of the file but for the last column, which is MB; `could` is what the CPU seconds would allow")
     print(f"{'model':<30}{'dtype':>6}{'GB':>6}{disk}{'memory':>8}{'CPU s/GB':>10}{'could':>7}{'load':>6}{'beside':>8}")
     for model in options.models:
@@ -124,8 +145,8 @@ def main() -> None:
         size = file_bytes(path)
         each = found["cpu_s"] / size * 1e9
         rows.append({"model": path.name, "dtype": dtype, "file_bytes": size, **found})
-        ceilings = [size / found[key] / 1e9 for key in ("disk_s", "memory_s") if key in found]
-        disk = f"{ceilings[0]:>6.2f}" if options.cold else ""
+        ceilings = [size / found[key] / 1e9 for key in ("disk_s", "plain_s", "memory_s") if key in found]
+        disk = f"{ceilings[0]:>6.2f}{ceilings[1]:>7.2f}" if options.cold else ""
         speeds = f"{ceilings[-1]:>8.2f}{each:>10.2f}{options.threads / each:>7.1f}{size / found['wall_s'] / 1e9:>6.2f}"
         beside = (found["grown"] - found["packed"]) / 1e6
         print(f"{path.name[-29:]:<30}{dtype:>6}{size / 1e9:>6.2f}{disk}{speeds}{beside:>8.0f}", flush=True)

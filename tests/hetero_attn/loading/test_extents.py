@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hetero_attn.checkpoints.sources import open_source
-from tests.support.gguf_models import make_gguf
-from tests.support.toy import make_checkpoint, make_family_checkpoint
+from tests.support.models.gguf_models import make_gguf
+from tests.support.models.toy import make_checkpoint, make_family_checkpoint
 
 
 def found_in(path):
