@@ -134,7 +134,8 @@ def checked(kind: type[Body], data: dict[str, Any]) -> Body:
         first, *more = error.errors(include_url=False, include_context=False)
         path = _path(first, data)
         found = "" if first["type"] == "missing" else f", got {first['input']!r:.60}"
-        rules = " or ".join(dict.fromkeys(each["msg"] for each in (first, *more) if _path(each, data) == path))
+        said = (each["msg"].removeprefix("Value error, ") for each in (first, *more) if _path(each, data) == path)
+        rules = " or ".join(dict.fromkeys(said))
         raise ApiError(400, f"{path}: {rules}{found}", param=path or None) from None
 
 

@@ -7,7 +7,6 @@ import uuid
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
 
 from hetero_attn.server.dialogue.forced import STRUCTURED, structured_wishes
 from hetero_attn.server.failures import ApiError
@@ -48,7 +47,7 @@ class Fields(BaseModel):
         if isinstance(value, bool):
             known = cls.model_fields[str(info.field_name)].annotation
             if not _takes(known, bool) and (_takes(known, int) or _takes(known, float)):
-                raise PydanticCustomError("number", "Input should be a number")
+                raise ValueError("Input should be a number")
         return value
 
 
