@@ -5,13 +5,19 @@ its first program. So a process is forked only while the solver is not yet impor
 forks that may go on, the function is called in this process.
 """
 
+from __future__ import annotations
+
 import os
-import pickle
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
 
 SOLVER = "scipy.optimize"
 
@@ -25,76 +31,61 @@ class SecondProcess:
     def __init__(self, function: Callable[..., Any], modules: Sequence[str] = ()) -> None:
         self._function, self._modules = function, modules
         self._arguments: tuple[Any, ...] = ()
-        self._process: int | None = None
+        self._process: BaseProcess | None = None
 
-    def __enter__(self) -> "SecondProcess":
+    def __enter__(self) -> SecondProcess:
         return self
 
     def __exit__(self, *error: object) -> None:
         """End the second process, where nobody asked for its result."""
-        if self._process is not None:
-            os.kill(self._process, signal.SIGKILL)
-            self._left()
+        self._end()
 
     def fork(self) -> None:
         """Start the process, once; it waits until it is called."""
         if self._process is not None or SOLVER in sys.modules or not _may_run_beside():
             return
+        import multiprocessing
+
         for name in (SOLVER, *self._modules):
             import_module(name)
-        asked, self._asks = os.pipe()
-        self._answers, answers = os.pipe()
-        self._process = os.fork()
-        if not self._process:
-            os.close(self._asks)
-            os.close(self._answers)
-            _answer(self._function, asked, answers)
-        os.close(asked)
-        os.close(answers)
+        context = multiprocessing.get_context("fork")
+        self._connection, there = context.Pipe()
+        self._process = context.Process(target=_answer, args=(self._function, there, self._connection), daemon=True)
+        self._process.start()
+        there.close()
 
     def call(self, *arguments: Any) -> None:
-        """Have the function called with these arguments, which are pickled."""
+        """Have the function called with these arguments."""
         self._arguments = arguments
-        if self._process is None:
-            return
-        try:
-            with os.fdopen(os.dup(self._asks), "wb") as asks:
-                pickle.dump(arguments, asks)
-        except OSError:
-            self._left()
+        if self._process is not None:
+            try:
+                self._connection.send(arguments)
+            except OSError:
+                self._end()
 
     def result(self) -> Any:
         """What the function gives; found here where the second process has failed, which raises what it raises."""
-        if self._process is None:
-            return self._function(*self._arguments)
-        try:
-            with os.fdopen(os.dup(self._answers), "rb") as answers:
-                found = pickle.load(answers)
-        except (EOFError, pickle.UnpicklingError):
-            self._left()
-            return self._function(*self._arguments)
-        self._left()
-        return found
+        if self._process is not None:
+            with suppress(EOFError, OSError):
+                return self._connection.recv()
+        return self._function(*self._arguments)
 
-    def _left(self) -> None:
-        """Close what leads to the second process, which ends then, and wait for that."""
-        assert self._process is not None
-        os.close(self._asks)
-        os.close(self._answers)
-        os.waitpid(self._process, 0)
-        self._process = None
+    def _end(self) -> None:
+        if self._process is not None:
+            self._connection.close()
+            self._process.kill()
+            self._process.join()
+            self._process = None
 
 
 def _may_run_beside() -> bool:
-    """Whether this system has forks that may go on, and this process a second CPU to run on."""
+    """Whether this process may be forked, and has a second CPU."""
     return sys.platform == "linux" and len(os.sched_getaffinity(0)) > 1
 
 
-def _answer(function: Callable[..., Any], asked: int, answers: int) -> NoReturn:
-    """The second process: one call, then its end, without what this process does at its own."""
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        with os.fdopen(asked, "rb") as source, os.fdopen(answers, "wb") as target:
-            pickle.dump(function(*pickle.load(source)), target)
-    finally:
-        os._exit(0)
+def _answer(function: Callable[..., Any], here: Connection, there: Connection) -> None:
+    """The second process: one call. What fails here is told by the connection's end, and found again over there."""
+    there.close()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with suppress(Exception), here:
+        here.send(function(*here.recv()))
