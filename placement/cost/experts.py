@@ -11,8 +11,11 @@ from typing import NamedTuple
 from placement.cost.terms import Call
 from placement.plan.memory import LinearPlacement
 from placement.plan.shards import LinearShard
-from placement.plan.warm import STILL_POPULAR, hit_rate, step_period, streams_some
+from placement.plan.warm import STILL_POPULAR, hit_rate, recent_hits, step_period, streams_some
 from placement.plan.workload import Workload, row_tier
+
+# That a batch of copies into expert slots may take. At the last one none are counted: they hardly serve.
+BATCH_STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
 
 def expert_hits(
@@ -27,12 +30,13 @@ def expert_hits(
 def inserted_experts(
     workload: Workload, shard: LinearShard, placement: LinearPlacement, call: Call, batch_steps: int
 ) -> float:
-    """Experts of a layer that are expected to be brought into its expert slots behind a pass: those it missed, up to
-    the most that there may be, once in so many steps."""
-    if not (shard.same_bits and workload.inserts):
+    """Experts of a layer that are expected to be brought into its expert slots behind a pass, in the mean of a batch's
+    period: what passes miss meanwhile, up to the most that a batch may have."""
+    if not (shard.same_bits and workload.inserts) or batch_steps == BATCH_STEPS[-1]:
         return 0.0
-    touched, hits = shard.touched(call.rows, call.together), expert_hits(workload, shard, placement, call, batch_steps)
-    return min(workload.inserts / batch_steps, touched * placement.dram_units * (1.0 - hits))
+    touched, recent = shard.touched(call.rows, call.together), recent_hits(shard, placement, call.sequences)
+    missed = touched * placement.dram_units * (1.0 - shard.served(call.rows, placement.expert_slots, recent))
+    return min(workload.inserts / step_period(batch_steps), missed)
 
 
 class RowsOfLanes(NamedTuple):

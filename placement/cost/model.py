@@ -29,9 +29,9 @@ then one stage of max(cpu, gpu) with one hand-over, rows in and the partial sum 
 four.
 
 Expert slots (placement.cost.experts) take from cpu_i the share of the experts that they are expected to hold. No step
-waits for what is brought into them: that takes the time that the bus has left, and slows the CPU lane meanwhile. Where
-it has too little for those of a step, a batch of copies takes several steps, and the slots serve less: some batches
-take a step more than others, as many as the bus has time for.
+waits for what is brought into them: that takes the time that the bus has left of a step, and slows the CPU lane
+meanwhile. Where it has too little for those of a step, a batch of copies takes several steps, and the slots serve less
+(placement.cost.sums).
 
 Of experts that are streamed by heat (placement.cost.experts) those left to the CPU have fewer rows than others, where a
 profile says so.
@@ -44,12 +44,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from math import fsum
-from typing import NamedTuple
 
 from placement.cost.attention import attention_cost, attention_handovers, attention_key
-from placement.cost.experts import RowsOfLanes, expert_hits, inserted_experts, rows_of_lanes
-from placement.cost.tally import KnownCosts, Tally, with_time_for_inserts
+from placement.cost.experts import BATCH_STEPS, RowsOfLanes, expert_hits, inserted_experts, rows_of_lanes
+from placement.cost.sums import Interplay, PassCost, Sums, cost_of, shortest
+from placement.cost.tally import KnownCosts, Tally
 from placement.cost.terms import (
     Call,
     LinearCost,
@@ -70,19 +69,6 @@ from placement.plan.phase import RESOURCES, TERMS, PhaseCost
 from placement.plan.placed import PlacedLayer, placed_layers
 from placement.plan.shards import KvShard, LinearShard
 from placement.plan.workload import Workload, row_tier
-
-BATCH_STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # that a batch of copies into expert slots may take
-
-
-class PassCost(NamedTuple):
-    """Seconds of one pass: those expected, and those if all that could run side by side did; the seconds that each
-    resource needs by itself, and those of each kind of work. batch_steps: as in `PhaseCost`."""
-
-    seconds: float
-    overlapped_s: float
-    lanes: dict[str, float]
-    terms: dict[str, float]
-    batch_steps: float = 1
 
 
 def pass_cost(
@@ -112,18 +98,16 @@ def layers_pass_cost(
 ) -> PassCost:
     """`pass_cost` of a placement whose different layers are known, for who asks it of several passes. costs: of other
     placements on this machine, to which this one's are added."""
-    before, known = None, None if costs is None else costs.of(workload, call, on_gpu)
-    for batch_steps in BATCH_STEPS:
-        tally = _tallied(Tally(workload, hardware, call, on_gpu, batch_steps, known), layers, with_head)
-        if tally.has_time_for_inserts:
-            break
-        before = tally
-    if before is not None and tally.has_time_for_inserts:
-        tally = with_time_for_inserts(before, tally)
-    return _cost_of(tally, with_head)
+    known = None if costs is None else costs.of(workload, call, on_gpu)
+    tallies = (Tally(workload, hardware, call, on_gpu, batch_steps, known) for batch_steps in BATCH_STEPS)
+    interplay = Interplay.of(hardware, call, on_gpu)
+    if not any(layer.has_expert_slots for layer in layers):
+        return cost_of(_sums(next(tallies), layers, with_head), interplay)
+    return shortest((_sums(tally, layers, with_head) for tally in tallies), interplay)
 
 
-def _tallied(tally: Tally, layers: Sequence[PlacedLayer], with_head: bool) -> Tally:
+def _sums(tally: Tally, layers: Sequence[PlacedLayer], with_head: bool) -> Sums:
+    """What a pass adds up to, into a tally that is empty."""
     workload, hardware, call, on_gpu = tally.workload, tally.hardware, tally.call, tally.on_gpu
     small, step = small_ops_s(workload, call, hardware, on_gpu), step_s(workload, call, hardware, on_gpu, with_head)
     for parts in (tally.lanes["steps"], tally.lanes["gpu" if on_gpu else "cpu"], tally.terms["small_ops"]):
@@ -132,28 +116,7 @@ def _tallied(tally: Tally, layers: Sequence[PlacedLayer], with_head: bool) -> Ta
     for layer in layers:
         key = layer.key_of(call.tier, row_tier(call.logits_rows)), tally.batch_steps * layer.has_expert_slots, with_head
         tally.add_layers(tally.layer(key, partial(_add_layer, layer=layer, with_head=with_head)), layer.times)
-    return tally
-
-
-def _cost_of(tally: Tally, with_head: bool) -> PassCost:
-    workload, hardware, call, on_gpu = tally.workload, tally.hardware, tally.call, tally.on_gpu
-    step = step_s(workload, call, hardware, on_gpu, with_head)
-    lanes, terms = ({name: fsum(parts) for name, parts in sums.items()} for sums in (tally.lanes, tally.terms))
-    one_by_one = lanes["cpu"] + lanes["gpu"] + lanes["pcie"] + terms["handovers"]
-    per_copy, per_read = interference(hardware)
-    layer_waits = per_read * fsum(tally.reads_s) if lanes["pcie"] else 0.0
-    inserts_s = min(fsum(tally.inserts_s), max(0.0, max(lanes.values()) - lanes["pcie"]))
-    if lanes["cpu"]:
-        lanes["cpu"] += per_copy * (lanes["pcie"] + inserts_s)
-    lanes["pcie"] += layer_waits + tally.head_waits_s + inserts_s
-    lanes["dram"] += inserts_s * hardware.h2d_bytes_per_s / hardware.dram_bytes_per_s
-    terms["copies"] += inserts_s
-    overlapped = max(*lanes.values(), fsum(tally.before_head_s) + layer_waits + tally.head_s)
-    lost = 1 - hardware.overlap_of(call.q_len) if on_gpu else 0.0
-    work = overlapped + lost * max(0.0, one_by_one - overlapped)
-    not_hidden = max(0.0, queueing_s(workload, tally.products, call, hardware, on_gpu) - work)
-    terms["step"] += not_hidden
-    return PassCost(work + not_hidden + step, overlapped + not_hidden + step, lanes, terms, tally.mean_steps)
+    return tally.sums(queueing_s(workload, tally.products, call, hardware, on_gpu), step)
 
 
 def _add_layer(tally: Tally, layer: PlacedLayer, with_head: bool) -> None:

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from math import fsum
 from typing import Any
 
+from placement.cost.sums import Sums
 from placement.cost.terms import Call
 from placement.machine.hardware import HardwareProfile
 from placement.plan.phase import RESOURCES, TERMS
 from placement.plan.placed import LayerBytes, PlacedLayer, layer_bytes
+from placement.plan.warm import step_period
 from placement.plan.workload import Workload
 
 
@@ -47,9 +49,8 @@ class KnownCosts:
 
 class Tally:
     """Seconds of a pass, by resource and by kind of work; kept apart, because their exact sum is the same whatever the
-    order of the layers. batch_steps: as in `PhaseCost`, as it is supposed; mean_steps: as it is in the mean of passes
-    of which some take more. reads_s: what the CPU reads of layers; head_waits_s: what copies of the head wait for what
-    it reads of that. products: that Python queues."""
+    order of the layers. batch_steps: as in `PhaseCost`, as it is supposed. reads_s: what the CPU reads of layers;
+    head_waits_s: what copies of the head wait for what it reads of that. products: that Python queues."""
 
     def __init__(
         self,
@@ -62,7 +63,6 @@ class Tally:
     ) -> None:
         self.workload, self.hardware, self.call, self.on_gpu = workload, hardware, call, on_gpu
         self.batch_steps = batch_steps
-        self.mean_steps: float = batch_steps
         self.lanes: dict[str, list[float]] = {name: [] for name in RESOURCES}
         self.terms: dict[str, list[float]] = {name: [] for name in TERMS}
         self.before_head_s: list[float] = []
@@ -73,37 +73,13 @@ class Tally:
         self.known = known or KnownPass()
         self._blocks: dict[str, list[float]] = {}
 
-    @property
-    def has_time_for_inserts(self) -> bool:
-        """Whether the bus, which has nothing else to do while other lanes work on, makes the copies into expert slots
-        meanwhile."""
-        return not self.inserts_s or min(self.late_s.values()) <= 0
-
-    @property
-    def late_s(self) -> dict[str, float]:
-        """How many seconds of the copies into expert slots the bus has no time for while each lane works; none of them
-        are late where that is none for one lane."""
-        on_bus_s = fsum(self.inserts_s) + fsum(self.lanes["pcie"])
-        return {name: on_bus_s - fsum(parts) for name, parts in self.lanes.items()}
-
-    def mixed_with(self, other: "Tally", share: float) -> "Tally":
-        """The mean of passes of which a share is like another one."""
-        mixed = Tally(self.workload, self.hardware, self.call, self.on_gpu, self.batch_steps, self.known)
-        mixed.products = self.products
-
-        def mean(ours: float, theirs: float) -> float:
-            return (1.0 - share) * ours + share * theirs
-
-        def both(ours: list[float], theirs: list[float]) -> list[float]:
-            return [mean(part, 0.0) for part in ours] + [mean(0.0, part) for part in theirs]
-
-        mixed.mean_steps, mixed.head_s = mean(self.mean_steps, other.mean_steps), mean(self.head_s, other.head_s)
-        mixed.head_waits_s = mean(self.head_waits_s, other.head_waits_s)
-        mixed.lanes = {name: both(parts, other.lanes[name]) for name, parts in self.lanes.items()}
-        mixed.terms = {name: both(parts, other.terms[name]) for name, parts in self.terms.items()}
-        mixed.before_head_s = both(self.before_head_s, other.before_head_s)
-        mixed.reads_s, mixed.inserts_s = both(self.reads_s, other.reads_s), both(self.inserts_s, other.inserts_s)
-        return mixed
+    def sums(self, queueing_s: float, step_s: float) -> Sums:
+        """Its sums, beside what is counted once a pass."""
+        lanes, terms = ({name: fsum(parts) for name, parts in each.items()} for each in (self.lanes, self.terms))
+        before_head_s, reads_s, inserts_s = map(fsum, (self.before_head_s, self.reads_s, self.inserts_s))
+        batch_s = inserts_s * step_period(self.batch_steps) / self.batch_steps
+        once = self.head_s, self.head_waits_s, queueing_s, step_s
+        return Sums(lanes, terms, before_head_s, reads_s, inserts_s, batch_s, *once, self.batch_steps)
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """As that of `KnownPass`."""
@@ -159,14 +135,3 @@ class Tally:
         for sums in self._blocks.values():
             self.add(self.lanes["steps"], max(sums))
         self._blocks.clear()
-
-
-def with_time_for_inserts(sooner: Tally, later: Tally) -> Tally:
-    """The mean of passes of two kinds, whose batches of copies into expert slots take fewer steps and more, with as
-    many of the first as the bus has time for: for none but those of the second at least.
-
-    What was whole steps for all passes would let a faster CPU, which leaves the bus less time, lose more by one step
-    than it gains.
-    """
-    pairs = zip(sooner.late_s.values(), later.late_s.values(), strict=True)
-    return sooner.mixed_with(later, min(many / (many - few) for many, few in pairs if few <= 0))

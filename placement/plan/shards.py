@@ -80,8 +80,10 @@ class LinearShard:
         if not expert_slots:
             return 0.0
         others = self.units - expert_slots
+        if not others:
+            return 1.0
         inside = expert_slots * (1.0 - (1.0 - min(1.0, self.picks * hits / expert_slots)) ** rows)
-        outside = others * (1.0 - (1.0 - min(1.0, self.picks * (1.0 - hits) / others)) ** rows) if others else 0.0
+        outside = others * (1.0 - (1.0 - min(1.0, self.picks * (1.0 - hits) / others)) ** rows)
         return inside / (inside + outside)
 
     def curve(self, by_recency: bool) -> tuple[float, ...]:

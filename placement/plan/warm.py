@@ -46,6 +46,12 @@ def hit_rate(
     )
 
 
+def recent_hits(shard: LinearShard, placement: LinearPlacement, sequences: int = 1) -> float:
+    """`hit_rate` where all that is missed is there at the next step."""
+    at = placement.expert_slots // sequences * placement.units // placement.dram_units
+    return shard.curve(by_recency=True)[at]
+
+
 def _late(shard: LinearShard, recent: float, period: int) -> float:
     """The share of picks that slots kept by recency would serve if their copies were there at once, and do not.
 
