@@ -168,24 +168,15 @@ def in_best_number(slotted: Sequence[Candidate]) -> Iterator[Candidate]:
 
 
 def with_best_inserts(candidate: Candidate) -> Candidate:
-    """The candidate with as many copies of a layer's experts behind a step at most as are best, by one more or less for
-    as long as that gains; itself where the policy says how many.
-
-    More serve more picks where the bus has time for them; where it has not, fewer are there sooner. A number
-    farther off may be better by much where its copies just fit into a step, which a step a little shorter undoes.
-    """
-    if candidate.problem.bounds.inserts is not None:
+    """The candidate with as many copies of a layer's experts behind a step at most as are best; itself where the policy
+    says how many, or no other number is better. More serve more picks where the bus has time for them; where it has
+    not, fewer are there sooner."""
+    problem = candidate.problem
+    if problem.bounds.inserts is not None:
         return candidate
-    best = candidate
-    for step in (1, -1):
-        while 0 <= (inserts := best.problem.workload.inserts + step) <= MOST_TRIED_INSERTS:
-            other = replace(best, problem=best.problem.with_inserts(inserts))
-            if other.judged_s >= best.judged_s:
-                break
-            best = other
-        if best is not candidate:
-            break
-    return best
+    others = (number for number in range(MOST_TRIED_INSERTS + 1) if number != problem.workload.inserts)
+    tried = (replace(candidate, problem=problem.with_inserts(number)) for number in others)
+    return min([candidate, *tried], key=lambda each: each.judged_s)
 
 
 def with_streams_in_few_layers(candidate: Candidate) -> Candidate:
