@@ -9,7 +9,7 @@ import pytest
 from placement.cost.model import pass_cost
 from placement.cost.terms import Call
 from placement.plan.memory import KvPlacement, LinearPlacement
-from tests.support.planning_models import random_machine, tiny
+from tests.support.planning.planning_models import random_machine, tiny
 
 LAYERS = 4
 PROMPT = Call(1, 32, 0)
