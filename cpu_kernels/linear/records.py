@@ -43,6 +43,7 @@ from cpu_kernels.vectors.vector import (
     load_f32_tail,
     splat_value,
     store_as,
+    unknown,
 )
 
 WIDTH_FIELD = 2  # behind the inputs, where `pairs_scales`: whether they are wide
@@ -88,6 +89,10 @@ class Record:
 
     def __init__(self, b, address, rows: int):
         self._b, self._address, self._rows = b, address, rows
+
+    def read_again(self) -> "Record":
+        """The same record, whose values LLVM does not know to be those that were read already."""
+        return Record(self._b, unknown(self._b, self._address), self._rows)
 
     def inputs(self, row: int, k: int):
         """Inputs 4k..4k+3 in every lane."""
