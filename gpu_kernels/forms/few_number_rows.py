@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_kernels.forms.dequantize import scale_and_minimum
+from gpu_kernels.forms.few_rows import launch_rows, store_block
 from gpu_kernels.forms.unpack import FORMS, GROUP, superblock_bytes
 from gpu_kernels.launching import Kernel, Shape
 from gpu_kernels.quantized_shapes import gemv_shape
@@ -101,14 +102,8 @@ def _number_gemv_kernel(
                 total += _number(high, 8 * index, IS_E4M3, VALUES) * _signed_byte(x_high, index)
             scale, _ = scale_and_minimum(superblock, group % TOGETHER, line, feature, mask, HEADER, False)
             products += total * (scale * tl.load(scales + group * scale_stride + row, mask=inside, other=0.0))
-    columns = tl.program_id(1) * 16 + tl.arange(0, 16)
     result = tl.sum(tl.sum(products, axis=1), axis=0) * (256.0 if IS_E4M3 else 1.0)
-    target = out + row * out_stride + columns
-    if HAS_BIAS:
-        result += tl.load(bias + columns)
-    if ACCUMULATE:
-        result += tl.load(target)
-    tl.store(target, result)
+    store_block(result, bias, out + row * out_stride, HAS_BIAS, ACCUMULATE)
 
 
 @Kernel
@@ -141,28 +136,16 @@ def _half_gemv_kernel(
             first, second = tl.load(inputs, mask=inside, other=0.0), tl.load(inputs + 1, mask=inside, other=0.0)
             products += words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * first
             products += (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * second
-    result = tl.sum(products, axis=1)
-    target = out + row * out_stride + columns
-    if HAS_BIAS:
-        result += tl.load(bias + columns)
-    if ACCUMULATE:
-        result += tl.load(target)
-    tl.store(target, result)
+    store_block(tl.sum(products, axis=1), bias, out + row * out_stride, HAS_BIAS, ACCUMULATE)
 
 
 def multiply_few_number_rows(
     quantized: tuple[Tensor, ...], weight: Tensor, weight_dtype: str, bias: Tensor | None, out: Tensor, accumulate: bool
 ) -> None:
     """Write (or add) the product of rows with packed blocks of FP8 or NF4 into `out`; as `multiply_few_rows`."""
-    q, scales, _ = quantized
-    rows, num_blocks = out.shape[0], weight.shape[0]
-    _number_gemv_kernel.launch(
-        (rows, num_blocks, 1),
-        (weight, q, scales, out if bias is None else bias, out),
-        (scales.stride(0),),
-        (scales.shape[0], weight.stride(0), q.stride(0), out.stride(0)),
-        _shape(weight_dtype, gemv_shape(num_blocks * rows).warps, bias is not None, accumulate),
-    )
+    warps = gemv_shape(weight.shape[0] * out.shape[0]).warps
+    shape = _shape(weight_dtype, warps, bias is not None, accumulate)
+    launch_rows(_number_gemv_kernel, quantized, weight, bias, out, shape)
 
 
 def multiply_few_half_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, accumulate: bool) -> None:

@@ -27,6 +27,17 @@ from gpu_kernels.quantized_shapes import gemv_shape
 MOST_ROWS = 8
 
 
+@triton.jit
+def store_block(result, bias, out, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """Store or add a row's float32 [16] of the program's block, and the bias. out: of the row."""
+    columns = tl.program_id(1) * 16 + tl.arange(0, 16)
+    if HAS_BIAS:
+        result += tl.load(bias + columns)
+    if ACCUMULATE:
+        result += tl.load(out + columns)
+    tl.store(out + columns, result)
+
+
 @Kernel
 @triton.jit(do_not_specialize=["scale_stride"])
 def _form_gemv_kernel(
@@ -88,14 +99,7 @@ def _form_gemv_kernel(
                 x_sum = dot4(ones, x_high, dot4(ones, x_low, tl.zeros([WARPS, 8, 1], tl.int32)))
                 total += minimum * x_sum.to(tl.float32)
             products += total * tl.load(scales + group * scale_stride + row, mask=inside, other=0.0)
-    columns = tl.program_id(1) * 16 + tl.arange(0, 16)
-    result = tl.sum(tl.sum(products, axis=1), axis=0)
-    target = out + row * out_stride + columns
-    if HAS_BIAS:
-        result += tl.load(bias + columns)
-    if ACCUMULATE:
-        result += tl.load(target)
-    tl.store(target, result)
+    store_block(tl.sum(tl.sum(products, axis=1), axis=0), bias, out + row * out_stride, HAS_BIAS, ACCUMULATE)
 
 
 def multiply_few_rows(
@@ -105,14 +109,21 @@ def multiply_few_rows(
 
     quantized: what `quantize_activation` makes of the rows in their own order; other arguments as `linear`.
     """
+    shape = _shape(weight_dtype, *gemv_shape(weight.shape[0] * out.shape[0]), bias is not None, accumulate)
+    launch_rows(_form_gemv_kernel, quantized, weight, bias, out, shape)
+
+
+def launch_rows(
+    kernel: Kernel, quantized: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None, out: Tensor, shape: Shape
+) -> None:
+    """A program for every row and block."""
     q, scales, _ = quantized
-    rows, num_blocks = out.shape[0], weight.shape[0]
-    _form_gemv_kernel.launch(
-        (rows, num_blocks, 1),
+    kernel.launch(
+        (out.shape[0], weight.shape[0], 1),
         (weight, q, scales, out if bias is None else bias, out),
         (scales.stride(0),),
         (scales.shape[0], weight.stride(0), q.stride(0), out.stride(0)),
-        _shape(weight_dtype, *gemv_shape(num_blocks * rows), bias is not None, accumulate),
+        shape,
     )
 
 
