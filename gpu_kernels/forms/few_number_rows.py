@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_kernels.forms.dequantize import scale_and_minimum
-from gpu_kernels.forms.few_rows import launch_rows, store_block
+from gpu_kernels.forms.few_rows import group_at, inputs_of, launch_rows, store_block
 from gpu_kernels.forms.unpack import FORMS, GROUP, superblock_bytes
 from gpu_kernels.launching import Kernel, Shape
 from gpu_kernels.quantized_shapes import gemv_shape
@@ -89,11 +89,8 @@ def _number_gemv_kernel(
             group = (first + step * WARPS + tl.arange(0, WARPS))[:, None, None]
             inside = group < num_groups
             mask = inside & (line >= 0) & (feature >= 0)
-            superblock = block + group // TOGETHER * SUPERBLOCK_BYTES
-            codes = superblock + HEADER_BYTES + group % TOGETHER * ((SUPERBLOCK_BYTES - HEADER_BYTES) // TOGETHER)
-            words = codes.to(tl.pointer_type(tl.int32)) + feature
-            pair = inputs + group * 16 + line * 2
-            x_low, x_high = tl.load(pair, mask=inside, other=0), tl.load(pair + 1, mask=inside, other=0)
+            superblock, words = group_at(block, group, feature, TOGETHER, HEADER_BYTES, SUPERBLOCK_BYTES)
+            x_low, x_high = inputs_of(inputs, group, line, inside)
             low = tl.load(words + line * (32 if IS_E4M3 else 16), mask=mask, other=0)
             high = tl.load(words + line * 32 + 16, mask=mask, other=0) if IS_E4M3 else low >> 4
             total = tl.zeros([WARPS, 8, 16], tl.float32)

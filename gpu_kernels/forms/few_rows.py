@@ -28,6 +28,21 @@ MOST_ROWS = 8
 
 
 @triton.jit
+def group_at(block, group, feature, TOGETHER: tl.constexpr, HEADER_BYTES: tl.constexpr, SUPERBLOCK_BYTES: tl.constexpr):
+    """Pointers to the superblock of each group of 64 inputs, and to the int32 of its first line of codes."""
+    superblock = block + group // TOGETHER * SUPERBLOCK_BYTES
+    codes = superblock + HEADER_BYTES + group % TOGETHER * ((SUPERBLOCK_BYTES - HEADER_BYTES) // TOGETHER)
+    return superblock, codes.to(tl.pointer_type(tl.int32)) + feature
+
+
+@triton.jit
+def inputs_of(inputs, group, line, inside):
+    """The eight inputs of each line, four in an int32: (low, high)."""
+    pair = inputs + group * 16 + line * 2
+    return tl.load(pair, mask=inside, other=0), tl.load(pair + 1, mask=inside, other=0)
+
+
+@triton.jit
 def store_block(result, bias, out, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr):
     """Store or add a row's float32 [16] of the program's block, and the bias. out: of the row."""
     columns = tl.program_id(1) * 16 + tl.arange(0, 16)
@@ -81,16 +96,13 @@ def _form_gemv_kernel(
             group = (first + step * WARPS + tl.arange(0, WARPS))[:, None, None]
             inside = group < num_groups
             mask = inside & (line >= 0) & (feature >= 0)
-            superblock = block + group // TOGETHER * SUPERBLOCK_BYTES
-            codes = superblock + HEADER_BYTES + group % TOGETHER * ((SUPERBLOCK_BYTES - HEADER_BYTES) // TOGETHER)
-            words = codes.to(tl.pointer_type(tl.int32)) + feature
+            superblock, words = group_at(block, group, feature, TOGETHER, HEADER_BYTES, SUPERBLOCK_BYTES)
+            x_low, x_high = inputs_of(inputs, group, line, inside)
             if BITS == 8:
                 low = tl.load(words + line * 32, mask=mask, other=0) ^ -2139062144  # 0x80808080: stored code + 128
                 high = tl.load(words + line * 32 + 16, mask=mask, other=0) ^ -2139062144
             else:
                 low, high = code_words(words, line, mask, BITS, OFFSET, T0, T1, T2, T3)
-            pair = inputs + group * 16 + line * 2
-            x_low, x_high = tl.load(pair, mask=inside, other=0), tl.load(pair + 1, mask=inside, other=0)
             wide_low, wide_high = tl.broadcast_to(x_low, [WARPS, 8, 16]), tl.broadcast_to(x_high, [WARPS, 8, 16])
             dots = dot4(high, wide_high, dot4(low, wide_low, zero))
             scale, minimum = scale_and_minimum(superblock, group % TOGETHER, line, feature, mask, HEADER, HAS_ZEROS)
