@@ -36,10 +36,6 @@ class PackedLevels:
         """Of both runs, as int16 pairs."""
         return pairs_of(self._b, *(byte_numbers(self._b, self._numbers, 192 + 16 * part, False) for part in (0, 1)))
 
-    def all_minima(self) -> list:
-        """`minima`, or nothing where there are none."""
-        return [self.minima()] if self.has_minima else []
-
 
 class ReadyLevels:
     """The same, of a superblock of 64 inputs that is ready."""

@@ -47,7 +47,7 @@ def ready_lines(item: WeightFormat, are_pairs: bool, b, superblock, group) -> li
     if item.header.startswith("K2"):
         levels = PackedLevels(item, are_pairs, b, superblock, group)
         scales = [levels.scale(part) for part in runs]
-        return [levels.d(), *([levels.dmin()] if levels.has_minima else []), *scales, *levels.all_minima()]
+        return [levels.d(), levels.dmin(), *scales, levels.minima()] if levels.has_minima else [levels.d(), *scales]
     if item.header == "T16":
         scale = tensor_scales(b, superblock, b.add(superblock, b.add(b.mul(group, I64(64)), I64(LINE_BYTES))))
         return [scale(part) for part in runs]
