@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from hetero_attn.cli import bench, chat, doctor, generate, plan, policy, profile, verify
-from hetero_attn.cli.errors import CleanErrors
+from hetero_attn.cli.errors import CleanErrors, is_of_the_output, output_lost
 from hetero_attn.cli.quantize import command as quantize_command
 from hetero_attn.cli.serve import command
 from hetero_attn.cli.shell.collector import leave_garbage
@@ -82,6 +82,10 @@ def main() -> None:
             raise  # else what runs short of memory inside Python itself
         print("error: memory ran out; free some memory, or raise this process's limit", file=sys.stderr)
         sys.exit(MemoryBudgetError.exit_code)
+    except OSError as error:  # likewise outside of a command, as where the list of them is printed
+        if not is_of_the_output(error):
+            raise
+        sys.exit(output_lost(error))
     finally:
         leave_quietly()
         leave_garbage()

@@ -36,6 +36,17 @@ def exit_code(error: BaseException) -> int | None:
     return USAGE if isinstance(error, ValueError) and raised_in(error) in OUR_PACKAGES else None
 
 
+def is_of_the_output(error: BaseException) -> bool:
+    """Whether stdout could not take what was printed, as on a full disk."""
+    return isinstance(error, OSError) and error.errno in OUTPUT_FAILURES and raised_in(error) not in OUR_PACKAGES
+
+
+def output_lost(error: BaseException) -> int:
+    """Say on stderr that the output could not be written; the exit code for it."""
+    typer.echo(f"error: the output cannot be written: {getattr(error, 'strerror', error)}", err=True)
+    return AT_RUN_TIME
+
+
 def raised_in(error: BaseException) -> str:
     """The top-level package whose code raised the error; empty where it was never raised."""
     module = ""
@@ -63,9 +74,8 @@ class CleanErrors(TyperGroup):
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in OUTPUT_FAILURES and raised_in(error) not in OUR_PACKAGES:
-                typer.echo(f"error: the output cannot be written: {error.strerror}", err=True)
-                raise typer.Exit(AT_RUN_TIME) from None
+            if is_of_the_output(error):
+                raise typer.Exit(output_lost(error)) from None
             code = exit_code(error)
             if code is None:
                 raise error

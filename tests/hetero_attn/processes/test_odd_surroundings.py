@@ -80,8 +80,11 @@ def test_a_closed_stdin_is_said():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
-@pytest.mark.parametrize("command", ["doctor", pytest.param("doctor --json", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize(
+    "command", ["doctor", "--help", "--version", pytest.param("doctor --json", marks=pytest.mark.matrix)]
+)
 def test_a_full_stdout_is_said(command):
+    """Of what is printed before a command is named there was a traceback."""
     done = shell(f"{command} > /dev/full")
 
     assert done.returncode == 5
