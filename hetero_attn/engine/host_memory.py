@@ -1,10 +1,12 @@
-"""Is there host memory for a plan, asked before anything is loaded; and what runs out all the same has one name.
+"""Is there host memory for a plan, asked before anything is loaded; and what runs out all the same, memory or room for
+temporary files, has one name.
 
 Without a look before, a model that is too large ends in the kernel's out-of-memory killer after minutes of loading.
 """
 
 import errno
 import resource
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from cpu_kernels.team.cgroups import free_memory_bytes
-from hetero_attn.errors import MemoryBudgetError
+from hetero_attn.errors import HeteroError, MemoryBudgetError
 from placement.plan.plan import Plan
 from placement.plan.units import format_bytes
 
@@ -84,3 +86,16 @@ def memory_named(what: str) -> Iterator[None]:
             raise
         first_line = str(error).strip().partition("\n")[0][:120] or type(error).__name__
         raise MemoryBudgetError(f"memory ran out while {what} ({first_line}); {WAY_OUT}") from error
+
+
+@contextmanager
+def temporary_files_named(what: str) -> Iterator[None]:
+    """Around the writing of `what` into temporary files, and nothing else: that it fails is a HeteroError."""
+    try:
+        yield
+    except OSError as error:
+        folder = tempfile.tempdir or "any folder for them"  # None where no folder takes a file
+        raise HeteroError(
+            f"{what} cannot be kept as temporary files in {folder} ({error.strerror or error}); free some "
+            "room there, or name another folder by TMPDIR"
+        ) from error

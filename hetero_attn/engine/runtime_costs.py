@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from hetero_attn.devices.protocols import Driver
 from hetero_attn.engine.build import assemble, build_engine, connect
 from hetero_attn.engine.engine import Engine
 from hetero_attn.engine.greatest import greatest
+from hetero_attn.engine.host_memory import temporary_files_named
 from hetero_attn.engine.timed_steps import decode_terms, prefill_terms
 from hetero_attn.lanes.host_worker import HostWorker
 from hetero_attn.lanes.lanes import Lanes
@@ -87,8 +88,10 @@ def with_runtime_costs(profile: HardwareProfile, device: str, make_driver: MakeD
 
     device: cpu | cuda | emulated. make_driver: makes the device driver to measure instead of the usual one.
     """
-    with tempfile.TemporaryDirectory(prefix="hetero-attn-profile-") as folder:
-        toys = {layers: write_toy(Path(folder) / str(layers), layers) for layers in (FEW_LAYERS, MANY_LAYERS)}
+    with ExitStack() as kept:
+        with temporary_files_named("the small models that are measured"):
+            folder = kept.enter_context(tempfile.TemporaryDirectory(prefix="hetero-attn-profile-"))
+            toys = {layers: write_toy(Path(folder) / str(layers), layers) for layers in (FEW_LAYERS, MANY_LAYERS)}
         profile = replace(profile, **cpu_costs(toys[MANY_LAYERS], profile))
         if device != "cpu":
             profile = replace(profile, **gpu_costs(toys, profile, device, make_driver))

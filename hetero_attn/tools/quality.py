@@ -8,6 +8,7 @@ reads them first, and its distributions are kept in a file that has no name; so 
 import math
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import torch
 
+from hetero_attn.engine.host_memory import temporary_files_named
 from hetero_attn.errors import PromptError
 from hetero_attn.llm import LLM
 from hetero_attn.planning.options import LoadOptions
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 WINDOW_TOKENS = 512
 MOST_WINDOWS = 6
 NAME_COLUMNS = 21
+KEPT = "distributions over all tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,9 @@ def run(
     if against is not None:
         _check_same_vocabulary(settle(replace(wishes, dtype="auto", max_context=WINDOW_TOKENS)), stored)
     plain = "auto" if set(stored.weight_formats.names) <= {"bf16", "fp16", "fp32"} else "fp32"
-    with tempfile.TemporaryFile() as kept:
+    with ExitStack() as files:
+        with temporary_files_named(KEPT):
+            kept = files.enter_context(tempfile.TemporaryFile())
         with _loaded(source, plain, progress) as llm:
             windows = _windows(llm, text)
             rows, name = [_first(llm, windows, kept)], llm.plan.model
@@ -143,7 +148,8 @@ def _first(llm: LLM, windows: Sequence[list[int]], kept: BinaryIO) -> Quality:
     for window in windows:
         logs = torch.log_softmax(llm.logits(window), -1)
         losses += _losses(logs, window)
-        logs.numpy().tofile(kept)
+        with temporary_files_named(KEPT):
+            kept.write(logs.numpy())
     return Quality(llm.planned.weight_dtype, _weight_bytes(llm), _perplexity(losses), 0.0, 1.0)
 
 

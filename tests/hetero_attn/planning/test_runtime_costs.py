@@ -1,9 +1,12 @@
 """What the profiler runs to learn what queueing costs: prompts as they are queued, beside steps that wake the CPU team."""
 
+import tempfile
+
 import pytest
 
 from hetero_attn.engine import runtime_costs
 from hetero_attn.engine.runtime_costs import AT_HOME, CHUNK, CHUNKS, STREAMED
+from hetero_attn.errors import HeteroError
 from placement import HardwareProfile
 from placement.plan.workload import row_tier
 
@@ -25,6 +28,14 @@ def test_toys_queue_four_products_a_layer_or_eight_and_decode_on_the_cpu(toys, p
         assert (homes, pieces, by_cpu) == (4, streamed, [0, on_cpu])
         assert engine.weights.linear("head").has_host_features(one), "a decode step wakes the team"
         assert engine.prefill_chunk >= CHUNK
+
+
+def test_where_no_temporary_file_can_be_is_said(tmp_path, monkeypatch):
+    """After a minute of measuring, `profile` said that its output could not be written."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+
+    with pytest.raises(HeteroError, match=r"small models .* temporary files in .*absent .*another folder by TMPDIR"):
+        runtime_costs.with_runtime_costs(PROFILE, "cpu")
 
 
 def test_what_a_layer_and_a_product_add_comes_from_prompts_left_running(toys, monkeypatch):

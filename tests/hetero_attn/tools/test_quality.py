@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from hetero_attn import LLM
 from hetero_attn.cli import app
-from hetero_attn.errors import PromptError
+from hetero_attn.errors import HeteroError, PromptError
 from hetero_attn.planning.options import LoadOptions
 from hetero_attn.tools import quality
 from hetero_attn.tools.quantize.write import quantize
@@ -74,6 +75,17 @@ def test_wrong_options_are_refused_before_anything_is_loaded(arguments, said):
 def test_a_text_without_two_tokens_is_refused():
     with pytest.raises(PromptError, match="at least two are needed"):
         quality.run(LoadOptions(model=TINY, device="cpu"), "", ["q4"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_full_folder_of_temporary_files_is_named(monkeypatch):
+    """Distributions over a large vocabulary take gigabytes, and ended in a traceback."""
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b"))
+
+    with pytest.raises(
+        HeteroError, match=r"distributions .* temporary files in /.* \(No space left on device\).*TMPDIR"
+    ):
+        quality.run(LoadOptions(model=TINY, device="cpu"), TEXT[:600], ["q4"])
 
 
 def test_the_benchmark_writes_what_it_prints(tmp_path):
