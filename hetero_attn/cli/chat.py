@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -64,8 +64,9 @@ def converse(talk: Conversation, source: LineSource) -> None:
         except EOFError:
             return
         except KeyboardInterrupt:
-            talk.forget_question()
-            note(GREETING)
+            with suppress(KeyboardInterrupt):  # pressed twice it is the same wish
+                talk.forget_question()
+                note(GREETING)
         except EngineDeadError:
             raise
         except (HeteroError, OSError) as error:
@@ -112,9 +113,9 @@ def answer(talk: Conversation, question: str, anew: bool = False) -> None:
         return
     talk.last = last.metrics
     if last.finish_reason == "length":
-        note(
-            f"[cut after {last.metrics.generated_tokens} tokens: the limit of --max-tokens, or the end of the context]"
-        )
+        tokens = last.metrics.generated_tokens
+        end = "the limit of --max-tokens" if tokens == talk.params.max_tokens else "the end of the context"
+        note(f"[cut after {tokens} tokens: {end}]")
     note(speed_line(last.metrics))
 
 

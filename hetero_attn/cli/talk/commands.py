@@ -99,19 +99,27 @@ def _set(argument: str, talk: Conversation, say: Callable[[str], None]) -> None:
         return
     name, _, text = argument.partition(" ")
     name = name.lstrip("-").replace("-", "_")  # as errors and the shell's options spell it
-    text = text.strip()
-    value: Any = text if name in TEXTS and text.lower() != "none" else parse_value(text)
+    value = _value(name, text.strip())
+    variables = set() if talk.llm.tokenizer is None else talk.llm.tokenizer.template_variables
     if name in names:
         talk.params = replace(talk.params, **{name: value})
-    elif name in (getattr(talk.llm.tokenizer, "chat_template", None) or ""):
+    elif name in variables:
         talk.variables[name] = value
     else:
-        near = difflib.get_close_matches(name, names, 1)
+        near = difflib.get_close_matches(name, [*names, *variables], 1)
         hint = f"; did you mean {near[0]}" if near else ""
         raise PromptError(
             f"{name} is neither a sampling parameter nor a variable of the chat template{hint}; /set alone lists them"
         )
     say(f"{name} is {value}")
+
+
+def _value(name: str, text: str) -> Any:
+    """What a text of `/set` gives a parameter or variable; -1 for max_tokens as the shell's option has it."""
+    if name in TEXTS and text.lower() != "none":
+        return text
+    value = parse_value(text)
+    return None if name == "max_tokens" and value == -1 else value
 
 
 def parse_value(text: str) -> Any:
@@ -129,11 +137,16 @@ def parse_value(text: str) -> Any:
 def _file(argument: str, action: Callable[[Path], None], say: Callable[[str], None], what: str) -> None:
     if not argument:
         raise PromptError("a file name is missing")
-    action(Path(argument).expanduser())
+    try:
+        action(Path(argument).expanduser())
+    except (RuntimeError, ValueError) as error:  # a user without a home, links in a ring, a zero byte
+        raise PromptError(f"{argument} is no file name: {error}") from None
     say(f"{what} {argument}")
 
 
 def _stats(talk: Conversation) -> str:
     lines = [] if talk.last is None else [speed_line(talk.last)]
-    lines.append(f"context: {talk.tokens} of {talk.llm.plan.max_context} tokens; messages dropped: {talk.dropped}")
+    context = talk.llm.plan.max_context
+    used = min(talk.tokens, context)  # an answer that was cut at the end has no room for the words that close it
+    lines.append(f"context: {used} of {context} tokens; messages dropped: {talk.dropped}")
     return "\n".join(lines)

@@ -5,10 +5,8 @@ Three quotes begin and end a message of several lines; in the editor Alt+Enter b
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import typer
@@ -55,10 +53,12 @@ class EditedLines:
         from prompt_toolkit.completion import WordCompleter
         from prompt_toolkit.key_binding import KeyBindings
 
+        from hetero_attn.cli.talk.history import open_history
+
         keys = KeyBindings()
         keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
         self._session = PromptSession(
-            history=_history(),
+            history=open_history(),
             completer=WordCompleter(list(completions), sentence=True),
             complete_while_typing=False,
             key_bindings=keys,
@@ -103,27 +103,3 @@ def read_message(source: LineSource) -> str:
 
 def _as_message(text: str) -> str:
     return f" {text}" if text.startswith("/") else text
-
-
-def history_file() -> Path | None:
-    """Where questions are kept between sessions; None where there is no home to keep them in."""
-    try:
-        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-        folder = state / "hetero_attn"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return folder / "chat_history"
-    except (OSError, RuntimeError):
-        return None
-
-
-def _history() -> object:
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
-    file = history_file()
-    try:
-        if file is not None:
-            file.touch(mode=0o600)
-            return FileHistory(str(file))
-    except OSError:
-        pass
-    return InMemoryHistory()

@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from jinja2 import Template, nodes
+from jinja2 import Template, meta, nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -58,6 +58,13 @@ class ChatTemplate:
             raise ValueError("the last message has no text to go on with")
         talk[-1]["content"] = last + MARK
         return last
+
+
+def variables_of(source: str) -> set[str]:
+    """What a template reads and its caller may give, such as enable_thinking, messages included; raises jinja2's
+    errors."""
+    environment = _environment()
+    return meta.find_undeclared_variables(environment.parse(source)) - environment.globals.keys()
 
 
 def _up_to_mark(text: str, last: str) -> str:

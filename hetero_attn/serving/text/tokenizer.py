@@ -7,6 +7,7 @@ bounds their time and what they build.
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from hetero_attn.checkpoints.gguf.headers import KnownHeaders
 from hetero_attn.checkpoints.sources import is_gguf
 from hetero_attn.checkpoints.template_time import bounded_template
 from hetero_attn.errors import PromptError
-from hetero_attn.serving.prompts import as_messages, as_template_variables
+from hetero_attn.serving.prompts import RESERVED, as_messages, as_template_variables
 from hetero_attn.serving.sampling_params import SamplingParams
 from hetero_attn.serving.text.files import first_line, tokenizer_of_folder, tokenizer_of_gguf
 from hetero_attn.serving.text.plain_tokenizer import TEMPLATE_NAME
@@ -94,6 +95,20 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The model's chat template, None where it has none."""
         return self._tokenizer.chat_template or None
+
+    @property
+    def template_variables(self) -> set[str]:
+        """Names that the chat template reads and a caller may set, such as enable_thinking; none where it is damaged.
+
+        That a template has another one for tools counts: what either reads may be set.
+        """
+        from hetero_attn.serving.text.chat_template import variables_of  # imports jinja2
+
+        found = self._tokenizer.chat_template or ""
+        sources = [found] if isinstance(found, str) else list(found.values())
+        with suppress(Exception):  # what jinja2 makes of a stranger's file; rendering says what is wrong
+            return set().union(*map(variables_of, sources)) - RESERVED
+        return set()
 
     @property
     def response_template(self) -> Any:

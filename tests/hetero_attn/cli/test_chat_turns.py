@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hetero_attn import SamplingParams
-from hetero_attn.cli.chat import answer, take
+from hetero_attn.cli.chat import answer, converse, take
 from hetero_attn.cli.talk.conversation import Conversation
 from hetero_attn.errors import PromptError
 from tests.support.processes.command import FakeLLM, FakeTokenizer, contents, run
@@ -96,3 +97,62 @@ def test_what_is_text_may_look_like_a_number(fake: type[FakeLLM]) -> None:
     first, second = (params for _, params in fake.made[0].asked)
 
     assert (first.stop, first.regex, second.stop) == (("5",), "12", ())
+
+
+def test_names_of_no_file_are_refused_and_the_conversation_goes_on(fake: type[FakeLLM], tmp_path: Path) -> None:
+    """They ended it with a traceback."""
+    (tmp_path / "ring").symlink_to("ring")
+    names = ("~nobody-of-that-name/talk", "a\0b", str(tmp_path / "ring"))
+    result = run("chat", "m", typed="".join(f"/save {name}\n/load {name}\n" for name in names) + "Hello\n")
+
+    assert result.exit_code == 0 and contents(fake.made[0]) == [["Hello"]]
+    assert result.stderr.count("error: ") == 2 * len(names)
+
+
+def test_only_parameters_and_variables_are_set(fake: type[FakeLLM]) -> None:
+    """Any part of the template's text was taken for a variable, and -1, the default of --max-tokens, was refused."""
+    result = run("chat", "m", typed="/set think 3\n/set max_tokens -1\n/set enable_thinkin off\nHello\n")
+    (_, params), *_ = fake.made[0].asked
+
+    assert params.max_tokens is None and "max_tokens is None" in result.stderr
+    assert result.stderr.count("is neither") == 2 and "did you mean enable_thinking" in result.stderr
+
+
+def test_a_second_ctrl_c_does_not_end_the_conversation(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It did, where the first one was still being answered."""
+    lines = iter([KeyboardInterrupt(), "Hello", "/exit"])
+    said = []
+
+    def line(prompt: str) -> str:
+        if isinstance(found := next(lines), BaseException):
+            raise found
+        return found
+
+    def note(text: str) -> None:
+        said.append(text)
+        if len(said) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("hetero_attn.cli.chat.note", note)
+    llm = FakeLLM("m")
+    converse(Conversation(llm, SamplingParams()), SimpleNamespace(line=line))
+
+    assert contents(llm) == [["Hello"]]
+
+
+@pytest.mark.parametrize("is_read", [False, True], ids=["written", "read"])
+def test_a_history_that_cannot_be_kept_costs_no_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_read: bool
+) -> None:
+    """A full disk put a traceback and "Press ENTER" before every answer."""
+    from hetero_attn.cli.talk.history import open_history
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    history = open_history()
+    Path(history.filename).unlink()
+    Path(history.filename).mkdir()  # for root, too, what no file can be written to or read from
+
+    if is_read:
+        assert list(history.load_history_strings()) == []
+    history.append_string("Hello")
+    assert history.get_strings() == ["Hello"]

@@ -171,7 +171,11 @@ def test_three_quotes_hold_several_lines_and_a_pipe_sees_answers_alone(fake: typ
 def test_a_cut_answer_is_marked(fake: type[FakeLLM]) -> None:
     fake.ending = "length"
 
-    assert "cut after 5 tokens" in run("chat", "m", typed="Hello\n").stderr
+    limits = ([], ["-n", "5"])
+    ends = [run("chat", "m", *limit, typed="Hello\n").stderr for limit in limits]
+
+    assert "[cut after 5 tokens: the end of the context]" in ends[0]
+    assert "[cut after 5 tokens: the limit of --max-tokens]" in ends[1]
 
 
 def test_a_banner_says_what_answers(fake: type[FakeLLM]) -> None:

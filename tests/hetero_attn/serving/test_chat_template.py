@@ -8,7 +8,7 @@ import pytest
 
 from hetero_attn.checkpoints.template_time import bounded_template
 from hetero_attn.errors import PromptError
-from hetero_attn.serving.text.chat_template import ChatTemplate
+from hetero_attn.serving.text.chat_template import ChatTemplate, variables_of
 from hetero_attn.serving.text.template_sandbox import MOST_CHARACTERS, size_of
 
 TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "x": ["<é>", 1.5, None]}}}]
@@ -43,6 +43,13 @@ TEMPLATES = {
         "{{ ['b', 'a'] | sort | first }}{{ 2 ** 10 }}{{ ([1] + [2]) | length }}{{ 'ab'.center(9) }}{{ ','.join(['q', 'r']) }}"
     ),
 }
+
+
+def test_what_a_caller_may_give_is_what_a_template_reads_as_a_variable():
+    """Any part of its text passed for one: `/set n 3` was taken, for a line end is written with an n."""
+    read = variables_of(TEMPLATES["tools and a namespace"])
+
+    assert read == {"messages", "tools", "documents", "enable_thinking"}
 
 
 def drawn_talk(rng: random.Random) -> list[dict]:

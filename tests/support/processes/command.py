@@ -72,6 +72,7 @@ class FakeTokenizer:
     """Every word is a token, and so is every role; `given` has what was encoded by its ids, which no other text has."""
 
     chat_template = "{{ enable_thinking }}"
+    template_variables = frozenset({"enable_thinking"})
 
     def __init__(self) -> None:
         self.given: dict[tuple[int, ...], Any] = {}
