@@ -17,6 +17,7 @@ from typing import Any
 from hetero_attn.errors import SamplingError
 from hetero_attn.serving.draws.token_mask import TokenMask, cause
 from hetero_attn.serving.sampling_params import JSON_OPTIONS, SamplingParams
+from hetero_attn.serving.text.foreign import failures_told
 from hetero_attn.serving.text.tokenizer import Tokenizer
 
 MOST_COMPILED = 16  # `((a{1000}){100}){3}` takes 100 MB
@@ -141,11 +142,9 @@ class Grammars:
         ends = [each for each in self._end_token_ids if each < self._vocab_size]
         words = [f"[{letters}]{length}" for letters in LETTERS for length in LENGTHS]
         known = {"n_vocab": self._vocab_size, "eos_token": ends}
-        try:
+        with failures_told(lambda why: SamplingError(f"this model's answers cannot follow a grammar: {why}")):
             slices = words + llguidance.LLTokenizer.general_slices()
             return llguidance.LLTokenizer(description, slices=slices, **known)
-        except ValueError as error:
-            raise SamplingError(f"this model's answers cannot follow a grammar: {cause(str(error))}") from None
 
 
 def _llguidance() -> Any:

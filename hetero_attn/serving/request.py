@@ -190,18 +190,18 @@ class Request:
             self.scores.clear()
 
     def choose(self, logits: torch.Tensor | LogitsRow) -> None:
-        """Sample the next token from float32 [vocab_size], and end the request if it was the last."""
+        """Sample the next token from float32 [vocab_size], and end the request if it was the last, or if it cannot be
+        sampled or written."""
         try:
             sampled = self.sampler.sample(logits, self.prompt_token_ids, self.token_ids)
+            self.last_token_at = time.perf_counter()
+            self.first_token_at = self.first_token_at or self.last_token_at
+            if self.params.logprobs is not None:
+                self.logprobs.append(sampled)
+            self.token_ids.append(sampled.token_id)
+            self._advance_text(sampled.token_id)
         except HeteroError as error:
             self.end("abort", error)
-            return
-        self.last_token_at = time.perf_counter()
-        self.first_token_at = self.first_token_at or self.last_token_at
-        if self.params.logprobs is not None:
-            self.logprobs.append(sampled)
-        self.token_ids.append(sampled.token_id)
-        self._advance_text(sampled.token_id)
 
     def end(self, finish_reason: str, error: HeteroError | None = None) -> None:
         """End the request where it stands; no effect if it has ended."""

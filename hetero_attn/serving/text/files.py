@@ -15,6 +15,7 @@ from hetero_attn.checkpoints.sources import is_gguf
 from hetero_attn.checkpoints.transformers_import import transformers_part
 from hetero_attn.engine.host_memory import free_address_space
 from hetero_attn.errors import ConfigError, MemoryBudgetError
+from hetero_attn.serving.text.foreign import failures_told
 from hetero_attn.serving.text.plain_tokenizer import PlainTokenizer, is_generic, plain_tokenizer, template_in
 from hetero_attn.spec.json_fields import read_json
 from placement.plan.units import format_bytes
@@ -50,11 +51,9 @@ def tokenizer_of_folder(path: Path) -> Any:
             f"{path}: no tokenizer found ({', '.join(_FILES)}); download its files or give prompts as token ids"
         )
     _check_address_space(path)
-    try:
-        return plain_tokenizer(path) or _loaded(path)
     # Damaged files surface as nearly any exception type of transformers, tokenizers or sentencepiece.
-    except Exception as error:
-        raise ConfigError(f"{path}: the tokenizer cannot be loaded: {first_line(error)}; {_way_out(path)}") from error
+    with failures_told(lambda why: ConfigError(f"{path}: the tokenizer cannot be loaded: {why}; {_way_out(path)}")):
+        return plain_tokenizer(path) or _loaded(path)
 
 
 def _way_out(path: Path) -> str:
@@ -85,9 +84,3 @@ def _loaded(path: Path) -> Any:
     if (path / "tokenizer.json").is_file() and is_generic(config):
         return transformers_part("PreTrainedTokenizerFast").from_pretrained(str(path), local_files_only=True)
     return transformers_part("AutoTokenizer").from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
-
-
-def first_line(error: Exception) -> str:
-    """The type and the first words of an error that somebody else's code raised."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

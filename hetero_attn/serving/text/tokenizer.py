@@ -16,10 +16,11 @@ from typing import Any
 from hetero_attn.checkpoints.gguf.headers import KnownHeaders
 from hetero_attn.checkpoints.sources import is_gguf
 from hetero_attn.checkpoints.template_time import bounded_template
-from hetero_attn.errors import PromptError
+from hetero_attn.errors import ConfigError, PromptError
 from hetero_attn.serving.prompts import RESERVED, as_messages, as_template_variables
 from hetero_attn.serving.sampling_params import SamplingParams
-from hetero_attn.serving.text.files import first_line, tokenizer_of_folder, tokenizer_of_gguf
+from hetero_attn.serving.text.files import tokenizer_of_folder, tokenizer_of_gguf
+from hetero_attn.serving.text.foreign import failures_told, first_line
 from hetero_attn.serving.text.plain_tokenizer import TEMPLATE_NAME
 from hetero_attn.serving.text.text_stream import TextStream
 
@@ -81,7 +82,8 @@ class Tokenizer:
         """Token ids of a text, with the special tokens that the model's texts begin (and end) with unless told not to.
 
         Raises:
-            PromptError: the text cannot be encoded, for instance because it holds half of a surrogate pair.
+            PromptError: the text cannot be encoded, for instance because it holds half of a surrogate pair, or because
+                the tokenizer's patterns give it up.
         """
         try:
             text.encode("utf-8")
@@ -89,7 +91,8 @@ class Tokenizer:
             raise PromptError(
                 f"prompt is not valid Unicode: {first_line(error)}; give text without surrogates"
             ) from None
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+        with failures_told(self._cannot_read):
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
     @property
     def chat_template(self) -> str | None:
@@ -136,17 +139,13 @@ class Tokenizer:
         plain, variables = as_messages(messages), as_template_variables(template_variables)
         if not self._tokenizer.chat_template:
             raise no_template(self.path)
-        try:
-            with bounded_template():
-                ends = {
-                    "add_generation_prompt": add_generation_prompt and not continue_final_message,
-                    "continue_final_message": continue_final_message,
-                }
-                ids = self._ids_of_chat(plain, ends | variables)
+        ends = {
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "continue_final_message": continue_final_message,
+        }
         # A template raises what it likes: jinja2 errors, its own raise_exception, type errors from odd content.
-        except Exception as error:
-            raise PromptError(f"{self.path}: the chat template refuses these messages: {first_line(error)}") from error
-        return list(ids)
+        with failures_told(self._refuses), bounded_template():
+            return list(self._ids_of_chat(plain, ends | variables))
 
     def _ids_of_chat(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Sequence[int]:
         """Token ids of a conversation by our own renderer, unless the tokenizer's class has a way of its own."""
@@ -164,10 +163,12 @@ class Tokenizer:
         return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids; bytes that form no character come out as U+FFFD."""
-        return self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+        """Text of token ids; bytes that form no character come out as U+FFFD. Raises ConfigError where the tokenizer
+        fails at them."""
+        with failures_told(self._cannot_write):
+            return self._tokenizer.decode(
+                list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to a text; those of a special token are its name."""
@@ -218,6 +219,15 @@ class Tokenizer:
         special = {token.content: token_id for token_id, token in added if token.special}
         ids = {special[text] for text in params.stop if text in special} - set(params.stop_token_ids)
         return replace(params, stop_token_ids=(*params.stop_token_ids, *sorted(ids))) if ids else params
+
+    def _cannot_read(self, why: str) -> PromptError:
+        return PromptError(f"{self.path}: the tokenizer cannot read this text: {why}; give other text, or token ids")
+
+    def _cannot_write(self, why: str) -> ConfigError:
+        return ConfigError(f"{self.path}: the tokenizer cannot write these tokens: {why}; download its files again")
+
+    def _refuses(self, why: str) -> PromptError:
+        return PromptError(f"{self.path}: the chat template refuses these messages: {why}")
 
     def compare_vocab(self, vocab_size: int) -> None:
         """Warn about a token that the model has no embedding for."""

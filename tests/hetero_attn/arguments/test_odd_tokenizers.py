@@ -6,31 +6,27 @@ from concurrent.futures import Future, wait
 import pytest
 from typer.testing import CliRunner
 
-from hetero_attn import LLM
+from hetero_attn import LLM, SamplingParams
 from hetero_attn.cli import app
 from hetero_attn.engine.build import build_engine
-from hetero_attn.errors import ConfigError, PromptError
+from hetero_attn.errors import ConfigError, PromptError, SamplingError
 from hetero_attn.serving.text.opening import open_beside, watch_opening
 from hetero_attn.serving.text.tokenizer import Tokenizer
 from tests.support.models.toy import make_checkpoint
 from tests.support.planning.wishes import GREEDY, OPTIONS
 
 
+def add_token(path, content):
+    """Give a tokenizer a token more, of the id behind its last."""
+    values = json.loads((path / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    values["added_tokens"].append({"id": 260, "content": content, "special": True, **flags})
+    (path / "tokenizer.json").write_text(json.dumps(values))
+
+
 def spoil_too_large_id(path):
     """An added token whose id is vocab_size, which transformers loads too."""
-    values = json.loads((path / "tokenizer.json").read_text())
-    values["added_tokens"].append(
-        {
-            "id": 260,
-            "content": "[PAD]",
-            "special": True,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-        }
-    )
-    (path / "tokenizer.json").write_text(json.dumps(values))
+    add_token(path, "[PAD]")
 
 
 def spoil_damaged(path):
@@ -155,3 +151,52 @@ def test_a_prompt_that_no_context_holds_is_refused_before_the_weights_are_read(t
 
         assert result.exit_code == PromptError.exit_code
         assert "the context of this plan holds 64 including the answer" in " ".join(result.stderr.split())
+
+
+@pytest.fixture
+def panicking(tmp_path):
+    """A model whose tokenizer's code in Rust panics: at a text of many x, and at the single token `a`."""
+    path = make_checkpoint(tmp_path, "llama", layers=1)
+    values = json.loads((path / "tokenizer.json").read_text())
+    costly = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    values["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [costly, values["pre_tokenizer"]]}
+    values["decoder"] = {"type": "Strip", "content": "a", "start": 1, "stop": 1}
+    (path / "tokenizer.json").write_text(json.dumps(values))
+    with LLM(path, progress=False, **OPTIONS) as llm:
+        yield llm
+
+
+def test_a_text_that_a_tokenizer_gives_up_is_a_fault_of_the_prompt(panicking):
+    """Python takes a panic for the end of the program, so nothing that catches errors caught it."""
+    text = "x" * 60
+    for ask in (lambda: panicking.generate(text, GREEDY), lambda: panicking.chat([{"role": "user", "content": text}])):
+        with pytest.raises(PromptError, match="retry-limit"):
+            ask()
+
+    assert panicking.generate([5, 6], GREEDY)[0].finish_reason == "length"
+
+
+def test_a_token_that_a_tokenizer_cannot_write_ends_the_requests_that_drew_it(panicking):
+    """It ended the step, again and again, and with it a server's model for everybody."""
+    ids = panicking.tokenizer._tokenizer.get_vocab()
+    params = [SamplingParams(temperature=0.0, max_tokens=3, logit_bias={ids[letter]: 100}) for letter in "ac"]
+    failing, sound = (panicking.add([5, 6], each) for each in params)
+    while panicking.step():
+        pass
+
+    assert (sound.finish_reason, sound.text) == ("length", "ccc")
+    assert failing.finish_reason == "abort"
+    with pytest.raises(ConfigError, match="cannot write these tokens"):
+        failing.output()
+    with pytest.raises(ConfigError, match="cannot write these tokens"):
+        panicking.generate([5, 6], params[0])
+
+
+def test_a_tokenizer_that_no_grammar_can_hold_is_told(tmp_path):
+    """A token of thousands of characters, at which llguidance panics."""
+    path = make_checkpoint(tmp_path, "llama", layers=1)
+    add_token(path, "0" * 5000)
+    with LLM(path, progress=False, **OPTIONS) as llm:
+        with pytest.raises(SamplingError, match="cannot follow a grammar"):
+            llm.generate([5, 6], SamplingParams(regex="[a-z]+", max_tokens=3))
+        assert llm.generate("a", GREEDY)[0].finish_reason == "length"
