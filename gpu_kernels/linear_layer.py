@@ -20,9 +20,10 @@ from torch import Tensor
 
 from gpu_kernels.activation import quantize_activation, round_activation
 from gpu_kernels.dequantize import dequantize
+from gpu_kernels.forms.as_they_lie import MOST_ROWS, is_read_as_it_lies
 from gpu_kernels.forms.dequantize import dequantize_form
 from gpu_kernels.forms.few_number_rows import multiply_few_half_rows, multiply_few_number_rows
-from gpu_kernels.forms.few_rows import MOST_ROWS, multiply_few_rows
+from gpu_kernels.forms.few_rows import multiply_few_rows
 from gpu_kernels.forms.unpack import FORMS
 from gpu_kernels.int8_tile import multiply_many_rows
 from gpu_kernels.quantized_linear import multiply_quantized
@@ -109,7 +110,7 @@ def linear(
         if x.is_int8:
             _int8_product(x.shape[0], weight_dtype)(x.values, weight, weight_dtype, bias, out, accumulate)
             return
-    if weight_dtype == "fp16" and x.shape[0] <= MOST_ROWS and x.shape[1] % 2 == 0:
+    if weight_dtype == "fp16" and is_read_as_it_lies(x.shape[0], weight_dtype, x.shape[1]):
         multiply_few_half_rows(x.values[0], weight, bias, out, accumulate)
         return
     in_place = not out.is_cuda or products_in_place(out.device)

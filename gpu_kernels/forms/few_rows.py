@@ -23,9 +23,6 @@ from gpu_kernels.forms.unpack import FORMS, GROUP, superblock_bytes
 from gpu_kernels.launching import Kernel, Shape
 from gpu_kernels.quantized_shapes import gemv_shape
 
-# Rows beyond this read the weight's bytes from the L2 cache as often as its bf16 would take to be written and read.
-MOST_ROWS = 8
-
 
 @triton.jit
 def group_at(block, group, feature, TOGETHER: tl.constexpr, HEADER_BYTES: tl.constexpr, SUPERBLOCK_BYTES: tl.constexpr):

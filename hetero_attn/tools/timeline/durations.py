@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from cpu_kernels.formats import BLOCK_FEATURES, unit_blocks, widest
+from cpu_kernels.formats import BLOCK_FEATURES, Segment, segments, unit_blocks
+from gpu_kernels.forms.as_they_lie import is_read_as_it_lies
 from hetero_attn.devices.cuda import KERNEL_COPY_BYTES
 from hetero_attn.tools.timeline.recording import COPIES, CPU, GPU, MAIN, Entry
 from placement.cost.terms import GPU_PRODUCT_BYTES, LINEARS_PER_LAYER
@@ -131,11 +132,20 @@ class Durations:
 
 
 def products(arguments: dict[str, Any], hardware: HardwareProfile) -> int:
-    """In how many products a GPU's linear of many rows computes a weight: what becomes bf16 at once is bounded."""
-    fmt = arguments["weight_dtype"]
-    if widest(fmt).is_row_major or arguments["out"].shape[0] <= hardware.int8_rows.get(fmt, 0):
+    """In how many products a GPU computes a linear: one for each format of a mix, more where a weight is too large to
+    become dense at once."""
+    (units, _), (rows, inputs) = arguments["weight"].shape, arguments["x"].shape
+    parts = segments(arguments["weight_dtype"], inputs)
+    return sum(_products_of_part(part, units, (rows, inputs), hardware) for part in parts)
+
+
+def _products_of_part(part: Segment, units: int, shape: tuple[int, int], hardware: HardwareProfile) -> int:
+    (rows, inputs), name = shape, part.format.name
+    is_dense = name in ("fp32", "bf16")
+    if is_dense or rows <= hardware.int8_rows.get(name, 0) or is_read_as_it_lies(rows, name, inputs):
         return 1
-    return max(1, -(-_operations_of_a_row(arguments) // GPU_PRODUCT_BYTES))  # two operations and two bytes a weight
+    dense_bytes = 2 * units * part.blocks * BLOCK_FEATURES * inputs
+    return max(1, -(-dense_bytes // GPU_PRODUCT_BYTES))
 
 
 def _operations_of_a_row(arguments: dict[str, Any]) -> int:
