@@ -1,4 +1,4 @@
-"""Which linears of few rows multiply a weight as it lies, in one launch; needs no Triton, for whoever counts launches."""
+"""Which linears of few rows multiply a weight as it lies, in one launch; whoever counts launches needs no Triton."""
 
 from gpu_kernels.forms.unpack import FORMS
 

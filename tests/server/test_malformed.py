@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from hetero_attn.server.failures import ApiError
+from hetero_attn.server.protocols.fields import Fields
 
 USER = [{"role": "user", "content": "What is a list?"}]
 SCHEMA = {"type": "object", "properties": {"at": {"type": "string"}}}
@@ -172,6 +174,8 @@ def test_num_predict_of_0_is_no_limit(http):
         ("/v1/chat/completions", {"messages": USER, "temperature": True}, "temperature"),
         ("/v1/responses", {"input": "A", "max_output_tokens": True}, "max_output_tokens"),
         ("/v1/messages", {"messages": USER, "max_tokens": True}, "max_tokens"),
+        ("/v1/completions", {"prompt": "A", "logit_bias": {"5": True}}, "logit_bias.5"),
+        ("/api/generate", {"prompt": "A", "context": [5, True]}, "context.1"),
     ],
 )
 def test_true_is_no_number(http, path, body, field):
@@ -179,6 +183,42 @@ def test_true_is_no_number(http, path, body, field):
     answer = http.post(path, json=body)
 
     assert answer.status_code == 400 and field in answer.text and "got True" in answer.text
+
+
+def numbers_in(value) -> list:
+    """The numbers of a value, in lists and dicts too, that are no truth values."""
+    if isinstance(value, (list, dict)):
+        return [each for item in (value.values() if isinstance(value, dict) else value) for each in numbers_in(item)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+def bodies(kind: type[Fields] = Fields) -> Iterator[type[Fields]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from bodies(each)
+
+
+def test_no_field_of_any_body_makes_a_number_of_true(http):
+    """In a list, or as a value of an object, it once did in fields that did not say otherwise themselves."""
+    made, refused = [], 0
+    for body in set(bodies()):
+        for name, field in body.model_fields.items():
+            kind = TypeAdapter(field.rebuild_annotation())
+            for value in (True, [True], {"1": True}):
+                try:
+                    made += [(body, name)] * len(numbers_in(kind.validate_python(value)))
+                except ValidationError as error:
+                    refused += "should be a number" in str(error)
+
+    assert made == [] and refused > 40
+
+
+@pytest.mark.parametrize("tokens", [[5, 17], ["5", 17.0]], ids=str)
+def test_token_ids_are_read_as_other_numbers_are(http, tokens):
+    assert (
+        http.post("/detokenize", json={"tokens": tokens}).json()
+        == http.post("/detokenize", json={"tokens": [5, 17]}).json()
+    )
 
 
 def test_an_address_says_which_methods_it_takes(http):

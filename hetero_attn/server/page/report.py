@@ -10,7 +10,7 @@ from starlette.requests import Request
 from hetero_attn.errors import ArgumentError, MemoryBudgetError
 from hetero_attn.server.bodies import checked
 from hetero_attn.server.failures import ApiError
-from hetero_attn.server.protocols.fields import Fields
+from hetero_attn.server.protocols.fields import Fields, Integer
 from hetero_attn.server.service import Service
 from hetero_attn.server.sse import JsonAnswer
 from placement.adapt.elastic import plan_for_budget
@@ -28,7 +28,7 @@ POINTS = 12  # budgets on the curve, beside the one in force
 class ResizeBody(Fields):
     """The GPU memory that the model should have."""
 
-    gpu_memory_bytes: int
+    gpu_memory_bytes: Integer
 
 
 async def report(service: Service, request: Request) -> Any:

@@ -16,7 +16,14 @@ from hetero_attn.server.dialogue.shapes import as_object
 from hetero_attn.server.dialogue.tools import Tools, openai_choice, tools_of
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.generation import Generation
-from hetero_attn.server.protocols.fields import OLDER_FORMS, Logprobs, SamplingFields, check_model, count_unknown
+from hetero_attn.server.protocols.fields import (
+    OLDER_FORMS,
+    Integer,
+    Logprobs,
+    SamplingFields,
+    check_model,
+    count_unknown,
+)
 from hetero_attn.server.protocols.logprobs import chat_logprobs, shown_tokens
 from hetero_attn.server.protocols.openai import OpenAIWriter
 from hetero_attn.server.protocols.reply import reply
@@ -37,8 +44,8 @@ class Body(SamplingFields):
     """The body of a chat completion."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: Integer | None = None
+    max_completion_tokens: Integer | None = None
     logprobs: bool | None = False
     top_logprobs: Logprobs | None = None
     tools: list[dict[str, Any]] | None = None

@@ -12,7 +12,14 @@ from hetero_attn.server.bodies import checked, refuse
 from hetero_attn.server.dialogue.answer import Answer, Piece
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.generation import Generation
-from hetero_attn.server.protocols.fields import OLDER_FORMS, Logprobs, SamplingFields, check_model, count_unknown
+from hetero_attn.server.protocols.fields import (
+    OLDER_FORMS,
+    Integer,
+    Logprobs,
+    SamplingFields,
+    check_model,
+    count_unknown,
+)
 from hetero_attn.server.protocols.logprobs import TextLength, completion_logprobs, shown_tokens
 from hetero_attn.server.protocols.openai import OpenAIWriter
 from hetero_attn.server.protocols.reply import reply
@@ -30,11 +37,12 @@ MOST_PROMPTS = 256
 class Body(SamplingFields):
     """The body of `POST /v1/completions`, beside the fields of sampling."""
 
+    # Text in a list is text: only a strict integer is told from the digits that spell it.
     prompt: str | list[StrictInt] | list[str] | list[list[StrictInt]]
-    max_tokens: int | None = 16
+    max_tokens: Integer | None = 16
     logprobs: Logprobs | None = None
     echo: bool | None = False
-    best_of: int | None = None
+    best_of: Integer | None = None
     suffix: str | None = None
     use_beam_search: bool | None = None
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from hetero_attn.server.dialogue.forced import STRUCTURED, structured_wishes
 from hetero_attn.server.failures import ApiError
@@ -31,24 +31,22 @@ _SAMPLING = (
 )
 
 
-def _takes(annotation: Any, kind: type) -> bool:
-    return annotation is kind or any(_takes(each, kind) for each in get_args(annotation))
+def _no_truth(value: Any) -> Any:
+    """`true` is no number, though Python has it for 1."""
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_no_truth)]  # as the body of a request has it; every field of numbers is one
+Number = Annotated[float, BeforeValidator(_no_truth)]
+Logprobs = Annotated[Integer, Field(ge=0, le=MOST_LOGPROBS)]
 
 
 class Fields(BaseModel):
     """A body, or part of one; what it does not know is ignored, and counted."""
 
     model_config = ConfigDict(extra="allow")
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """`true` is no number, though Python has it for 1."""
-        if isinstance(value, bool):
-            known = cls.model_fields[str(info.field_name)].annotation
-            if not _takes(known, bool) and (_takes(known, int) or _takes(known, float)):
-                raise ValueError("Input should be a number")
-        return value
 
 
 class StreamOptions(Fields):
@@ -64,22 +62,22 @@ class SamplingFields(Fields):
     model: str | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: int | None = 1
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: int | None = None
+    n: Integer | None = 1
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: Integer | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    seed: Integer | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[StrictInt] | None = None
+    stop_token_ids: list[Integer] | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    logit_bias: dict[int, float] | None = None
+    min_tokens: Integer | None = None
+    logit_bias: dict[Integer, Number] | None = None
     skip_special_tokens: bool | None = None
-    priority: int | None = 0
+    priority: Integer | None = 0
     user: str | None = None
     structured_outputs: dict[str, Any] | None = None
 
@@ -109,9 +107,6 @@ class SamplingFields(Fields):
     def usage_always(self) -> bool:
         """Whether every chunk of a stream says what the turn has cost so far."""
         return self.usage_at_end and bool(self.stream_options.continuous_usage_stats)
-
-
-Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 
 
 # vLLM's older names, which its clients still send; without them the answer would follow nothing.

@@ -16,7 +16,7 @@ from hetero_attn.server.dialogue.shapes import as_kind, as_object
 from hetero_attn.server.dialogue.tools import Tools, tools_of
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.generation import Generation
-from hetero_attn.server.protocols.fields import Fields, check_model, count_unknown
+from hetero_attn.server.protocols.fields import Fields, Integer, Number, check_model, count_unknown
 from hetero_attn.server.protocols.messages_events import MessageWriter
 from hetero_attn.server.protocols.reply import reply
 from hetero_attn.server.service import Service
@@ -43,12 +43,12 @@ class CountBody(Fields):
 class Body(CountBody):
     """The body of `POST /v1/messages`, beside what counting its tokens takes."""
 
-    max_tokens: Annotated[int, Field(ge=1)]
+    max_tokens: Annotated[Integer, Field(ge=1)]
     stream: bool | None = False
     stop_sequences: list[str] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: Integer | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
     output_config: dict[str, Any] | None = None

@@ -13,7 +13,7 @@ from hetero_attn.server.dialogue.messages import template_messages
 from hetero_attn.server.dialogue.tools import tools_of
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.generation import Generation
-from hetero_attn.server.protocols.fields import Fields, check_model, count_unknown, seed_wish
+from hetero_attn.server.protocols.fields import Fields, Integer, check_model, count_unknown, seed_wish
 from hetero_attn.server.protocols.ollama_lines import LINES, OllamaWriter, timestamp
 from hetero_attn.server.protocols.reply import reply
 from hetero_attn.server.service import Service
@@ -44,7 +44,7 @@ class Asking(Fields):
     format: Any = None
     keep_alive: Any = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Integer | None = None
 
 
 class ChatBody(Asking):
@@ -62,7 +62,7 @@ class GenerateBody(Asking):
     raw: bool | None = None
     suffix: str | None = None
     template: str | None = None
-    context: list[int] | None = None
+    context: list[Integer] | None = None
     images: Any = None
 
 

@@ -14,7 +14,7 @@ from hetero_attn.server.dialogue.shapes import as_object
 from hetero_attn.server.dialogue.tools import Tools, openai_choice, tools_of
 from hetero_attn.server.failures import ApiError
 from hetero_attn.server.generation import Generation
-from hetero_attn.server.protocols.fields import Fields, check_model, count_unknown
+from hetero_attn.server.protocols.fields import Fields, Integer, Number, check_model, count_unknown
 from hetero_attn.server.protocols.reply import reply
 from hetero_attn.server.protocols.responses_events import ResponseWriter, failed_stream
 from hetero_attn.server.service import Service
@@ -31,10 +31,10 @@ class Body(Fields):
     input: str | list[dict[str, Any]]
     instructions: str | None = None
     stream: bool | None = False
-    max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_logprobs: int | None = None
+    max_output_tokens: Integer | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_logprobs: Integer | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = True
@@ -54,7 +54,7 @@ class Body(Fields):
     conversation: Any = None
     background: bool | None = None
     prompt: Any = None
-    max_tool_calls: int | None = None
+    max_tool_calls: Integer | None = None
 
 
 async def responses(service: Service, request: Request) -> Any:

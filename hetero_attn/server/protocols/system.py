@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pydantic import StrictInt
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -13,7 +12,7 @@ from hetero_attn.server.bodies import checked
 from hetero_attn.server.dialogue.messages import template_messages
 from hetero_attn.server.driver import State
 from hetero_attn.server.failures import ApiError
-from hetero_attn.server.protocols.fields import Fields
+from hetero_attn.server.protocols.fields import Fields, Integer
 from hetero_attn.server.service import Service
 from hetero_attn.server.sse import JsonAnswer
 
@@ -31,7 +30,7 @@ class TokenizeBody(Fields):
 class DetokenizeBody(Fields):
     """The body of `POST /detokenize`: token ids to become text."""
 
-    tokens: list[StrictInt]
+    tokens: list[Integer]
 
 
 async def health(service: Service, request: Request) -> Response:
