@@ -58,8 +58,8 @@ class Experts(ExpertsDeclaration, Block):
 
     def _route(self, run: Run, weights: BlockWeights, buffers: ExpertBuffers, x: Activation) -> Routes:
         lanes, tier, experts, config = run.lanes, run.step.tier, weights.linears["experts"], self._config
-        table = copied_experts(experts, tier).table
-        routes = routes_in(buffers.routes.main, buffers.weights.main, self.experts, table)
+        copied = copied_experts(experts, tier)
+        routes = routes_in(buffers.routes.main, buffers.weights.main, self.experts, copied.table)
         scoring = Scoring(
             gated=config.is_gated,
             normalised=config.normalised,
@@ -74,7 +74,7 @@ class Experts(ExpertsDeclaration, Block):
         lanes.main_ops.route(x.main, weights.vector("router").main, scoring, routes)
         if experts.expert_slots is not None:
             experts.expert_slots.note(lanes, routes.ids)
-        if experts.streamed(tier) is not None:
+        if copied.streamed:
             experts.streamed_experts.note(lanes, routes.starts)
         return routes
 

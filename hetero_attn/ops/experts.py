@@ -35,12 +35,14 @@ def routes_in(memory: torch.Tensor, weights: torch.Tensor, spec: ExpertsSpec, ta
 class CopiedExperts:
     """Experts with a copy in GPU memory in a row tier: in expert slots, or streamed whatever their ids.
 
-    table: of the router, which names them. held: which expert each of them is. As in `Routes` and `Picks`.
+    table: of the router, which names them. held: which expert each of them is. As in `Routes` and `Picks`. streamed:
+    whether those behind the slots are streamed.
     """
 
     count: int = 0
     table: torch.Tensor | None = None
     held: torch.Tensor | None = None
+    streamed: bool = False
 
 
 def copied_experts(experts: LinearWeights, tier: int) -> CopiedExperts:
@@ -48,7 +50,7 @@ def copied_experts(experts: LinearWeights, tier: int) -> CopiedExperts:
     slots, streamed = experts.expert_slots, experts.streamed(tier)
     if streamed is not None:
         count = experts.expert_slot_count + len(streamed.ids)
-        return CopiedExperts(count, experts.streamed_experts.table, experts.streamed_experts.held[:count])
+        return CopiedExperts(count, experts.streamed_experts.table, experts.streamed_experts.held[:count], True)
     return CopiedExperts() if slots is None else CopiedExperts(experts.expert_slot_count, slots.table, slots.held)
 
 
@@ -75,29 +77,31 @@ def compute_experts(lanes: Lanes, experts: LinearWeights, tier: int, buffers: Ex
 
     The CPU's outputs come back with `add_experts`; work queued between the two runs beside them.
     """
-    first, slots = copied_experts(experts, tier).count, experts.expert_slots
+    copied, slots = copied_experts(experts, tier), experts.expert_slots
     at_home = experts.device_units(tier)
     if experts.has_host_features(tier):
         lanes.push(buffers.routes, 0, buffers.routes.main.shape[1])
         host, weight = _Side("host", buffers), experts.host_weight(tier)
-        lanes.on_host(lambda: _run(lanes.host_ops, experts, first + at_home, weight, at_home, host, buffers.parts))
+        behind = copied.count + at_home
+        lanes.on_host(lambda: _run(lanes.host_ops, experts, behind, weight, at_home, host, buffers.parts))
     side = _Side("device", buffers)
     if slots is not None:
         _run(lanes.device.ops, experts, 0, slots.memory, slots.held, side, buffers.near)
     if experts.placement.gpu_units:
-        _run(lanes.device.ops, experts, first, experts.gpu, 0, side, buffers.near)
-    _stream(lanes, experts, tier, side, buffers.near)
+        _run(lanes.device.ops, experts, copied.count, experts.gpu, 0, side, buffers.near)
+    _stream(lanes, experts, tier, copied, side, buffers.near)
 
 
-def _stream(lanes: Lanes, experts: LinearWeights, tier: int, side: "_Side", parts: Activation) -> None:
+def _stream(
+    lanes: Lanes, experts: LinearWeights, tier: int, copied: CopiedExperts, side: "_Side", parts: Activation
+) -> None:
     """Queue the picks of what is streamed: of copies whatever their ids, or of the experts behind those at home."""
-    copied, is_copied = copied_experts(experts, tier), experts.streamed(tier) is not None
-    first, held = copied.count, copied.held if is_copied else None
-    at = experts.expert_slot_count if is_copied else first + experts.placement.gpu_units
+    held = copied.held if copied.streamed else None
+    at = copied.count + experts.placement.gpu_units if held is None else experts.expert_slot_count
     for _ in range(experts.piece_count(tier)):
         weight = lanes.ring.take()
         stop = at + weight.shape[0]
-        _run(lanes.device.ops, experts, at, weight, at - first if held is None else held[at:stop], side, parts)
+        _run(lanes.device.ops, experts, at, weight, at - copied.count if held is None else held[at:stop], side, parts)
         lanes.ring.give_back()
         at = stop
 

@@ -13,7 +13,7 @@ from hetero_attn.tools.routes.watch import Routes, agreement, replayed, watched
 from placement.machine.hardware import HardwareProfile
 from tests.support.models.moe import make_moe
 from tests.support.models.runtime import cpu_plan, make_engine, nmse, toy_workload, uniform_plan
-from tests.support.planted.planted_experts import Planted
+from tests.support.planted.planted_experts import Planted, with_router, without_best
 
 TOKENS = torch.randint(307, (24,), generator=torch.Generator().manual_seed(2)).tolist()
 
@@ -53,14 +53,8 @@ def test_a_plan_passes_whatever_near_scores_do(path, weight_dtype, split):
 
 
 def second_best(engine):
-    """A router that leaves out the best expert of each row."""
-
-    def worse(route, x, router, *others):
-        changed = router.clone()
-        changed[(x @ router.T).sum(0)[: others[-1].starts.shape[0] - 1].argmax()] = 0
-        route(x, changed, *others)
-
-    engine.lanes.host_ops = Planted(engine.lanes.host_ops, "route", worse)
+    """A router that leaves out the best expert of the rows."""
+    engine.lanes.host_ops = Planted(engine.lanes.host_ops, *with_router(without_best))
 
 
 def test_a_router_that_chooses_wrongly_does_not_pass(path):

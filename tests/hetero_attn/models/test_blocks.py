@@ -25,7 +25,7 @@ from hetero_attn.spec.config import ModelConfig
 from hetero_attn.spec.weights import BLOCK_FEATURES, LinearSpec, Part
 from hetero_attn.spec.workload import Sizes, build_workload
 from placement import HardwareProfile, Policy, make_plan
-from tests.support.models.runtime import THREADS, cpu_plan, decoded_together, nmse, run_logits, uniform_plan
+from tests.support.models.runtime import THREADS, batch_and_again, cpu_plan, nmse, run_logits, uniform_plan
 from tests.support.models.toy import hf_model, make_checkpoint
 
 HIDDEN, MIXED, EPS, KEPT = 72, 208, 1e-6, 0.9
@@ -211,19 +211,11 @@ def test_the_planner_places_it(path, kind, oracle, shape):
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_sequences_of_a_batch_do_not_mix(path, kind, oracle, device):
-    """Two prompts of other lengths, decoded together; then a third in the place of the first."""
     workload = workload_of(path, kind)
     engine = engine_of(path, kind, cpu_plan(workload) if device == "cpu" else uniform_plan(workload, 0.5, 0.2, 1))
-    prompts = TOKENS[:9], TOKENS[20:41]
-    sequences, found = decoded_together(engine, prompts, TOKENS[10:16])
-    engine.kv_cache.close(sequences[0])
-    again = run_logits(engine, TOKENS[5:30], 11)
-    engine.close()
 
-    for prompt, rows in zip(prompts, found, strict=True):
-        expected = oracle([*prompt, *TOKENS[10:16]])[len(prompt) :]
-        assert nmse(torch.stack(rows), expected) <= 1e-10
-    assert nmse(again, oracle(TOKENS[5:30])) <= 1e-10
+    for tokens, actual in batch_and_again(engine, TOKENS):
+        assert nmse(actual, oracle(tokens)[-len(actual) :]) <= 1e-10
 
 
 def test_a_fork_goes_on_with_the_state_and_a_rewind_is_refused(path, kind, oracle):

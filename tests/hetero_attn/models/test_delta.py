@@ -20,8 +20,8 @@ from placement.machine.hardware import HardwareProfile
 from tests.support.gpu.fake_engine import fake_engine
 from tests.support.models.moe import make_moe, moe_logits
 from tests.support.models.runtime import (
+    batch_and_again,
     cpu_plan,
-    decoded_together,
     make_engine,
     nmse,
     run_logits,
@@ -72,19 +72,13 @@ def test_three_lanes_equal_transformers(path, gpu, stream, groups):
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_sequences_of_a_batch_do_not_mix(models, device):
-    """Two prompts of other lengths, decoded together; a third sequence begins with nothing where the first one was."""
+    """The third begins with nothing where the first one was."""
     path = models["qwen3_next"]
     workload = toy_workload(path)
     engine = make_engine(path, cpu_plan(workload) if device == "cpu" else uniform_plan(workload, 0.5, 0.2, 1))
-    prompts = TOKENS[:9], TOKENS[20:41]
-    sequences, found = decoded_together(engine, prompts, TOKENS[10:16])
-    engine.kv_cache.close(sequences[0])
-    again = run_logits(engine, TOKENS[5:30], 11)
-    engine.close()
 
-    for prompt, rows in zip(prompts, found, strict=True):
-        assert nmse(torch.stack(rows), moe_logits(path, [*prompt, *TOKENS[10:16]])[len(prompt) :]) <= EXACT
-    assert nmse(again, moe_logits(path, TOKENS[5:30])) <= EXACT
+    for tokens, actual in batch_and_again(engine, TOKENS):
+        assert nmse(actual, moe_logits(path, tokens)[-len(actual) :]) <= EXACT
 
 
 def test_answers_of_requests_that_begin_alike(models):

@@ -26,6 +26,8 @@ CONTEXT, CHUNK, PAGE = 64, 32, 4
 SHAPES = {"cpu": {"device": "cpu"}, "spilling": {"device": "emulated", "gpu_memory": "700KiB"}}
 PROMPTS = [[4 + (7 * place + 31 * seed) % 300 for place in range(length)] for seed, length in enumerate((5, 21, 12))]
 PROMPTS.append(PROMPTS[1][:18] + [9, 8])
+# Which prompt, how many steps later the next one comes, how long its answer may be.
+ARRIVALS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.sampled_from([None, 5])), max_size=7)
 PARAMS = {
     "greedy": {"temperature": 0.0},
     "seeded": {"temperature": 0.9, "seed": 5, "top_p": 0.9},
@@ -116,11 +118,16 @@ def params(kind, **more):
     return SamplingParams(**{"ignore_eos": True} | PARAMS[kind] | more)
 
 
+def answers_of(llm):
+    """What each prompt gives alone, for every kind of parameters."""
+    return {kind: [llm.generate([prompt], params(kind))[0] for prompt in PROMPTS] for kind in PARAMS}
+
+
 @pytest.fixture(scope="module")
 def plain(path):
-    """What each prompt gives without drafts, for every kind of parameters."""
+    """Answers without drafts."""
     with load(path) as llm:
-        return {kind: [llm.generate([prompt], params(kind))[0] for prompt in PROMPTS] for kind in PARAMS}
+        return answers_of(llm)
 
 
 class Knowing:
@@ -145,6 +152,24 @@ def speculate(llm, monkeypatch, answers, share, seed=0):
     llm._scheduler.speculator = made
     any_width = lambda self, costs, rows, most: min(most, draw.choice([1, 2, 3, 5, 8, 16]))  # noqa: E731
     monkeypatch.setattr(Width, "choose", any_width)
+
+
+def same_on_schedule(llm, arrivals, answers):
+    """Requests that come at any step give the answers, as far as each goes."""
+    given = [(PROMPTS[which], steps, params("greedy", max_tokens=most)) for which, steps, most in arrivals]
+    for (which, _, _), request in zip(arrivals, scheduled(llm, given), strict=True):
+        assert tuple(request.token_ids) == answers["greedy"][which].token_ids[: request.max_tokens]
+
+
+def same_through_failures(llm, monkeypatch, failing, answers):
+    """Passes fail, before and after they have computed and between the tokens that they give, and the answers are the
+    same; how many did."""
+    llm.engine.run = failing(llm.engine.run)
+    monkeypatch.setattr(scheduler, "_choose_while_right", failing(scheduler._choose_while_right))
+    requests = [llm.add(prompt, params("greedy")) for prompt in PROMPTS]
+    failures = steps_through_failures(llm, requests)
+    same_answers([request.output() for request in requests], answers["greedy"])
+    return failures
 
 
 @pytest.mark.table
@@ -177,7 +202,7 @@ def test_drafts_end_where_the_answer_must(path, plain, monkeypatch, max_tokens):
 @drawn(
     few=3,
     many=12,
-    arrivals=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.sampled_from([None, 5])), max_size=7),
+    arrivals=ARRIVALS,
     contexts=st.sampled_from([1, 2]),
     seed=st.integers(0, 99),
 )
@@ -185,29 +210,16 @@ def test_no_schedule_with_drafts_changes_an_answer(path, plain, shape, arrivals,
     """Arrivals at any step, growth and put-backs in a cache that is too small for all."""
     with pytest.MonkeyPatch.context() as monkeypatch, load(path, shape, kv_tokens=CONTEXT * contexts) as llm:
         speculate(llm, monkeypatch, plain["greedy"], 0.6, seed)
-        requests = scheduled(
-            llm, [(PROMPTS[which], steps, params("greedy", max_tokens=most)) for which, steps, most in arrivals]
-        )
-        for (which, _, _), request in zip(arrivals, requests, strict=True):
-            assert tuple(request.token_ids) == plain["greedy"][which].token_ids[: request.max_tokens]
+        same_on_schedule(llm, arrivals, plain)
         assert llm.engine.kv_cache.free_sequences == llm.plan.max_batch
 
 
 @pytest.mark.parametrize("shape", ["cpu", pytest.param("spilling", marks=pytest.mark.matrix)])
 def test_a_pass_that_fails_leaves_the_answer_as_it_was(path, plain, monkeypatch, shape):
-    """Before and after it has computed, and between the tokens that it gives."""
     with load(path, shape) as llm:
         speculate(llm, monkeypatch, plain["seeded"], 0.8)
-        choose, run = scheduler._choose_while_right, llm.engine.run
 
-        failing = Failing(5, 3)
-        llm.engine.run = failing(run)
-        monkeypatch.setattr(scheduler, "_choose_while_right", failing(choose))
-        requests = [llm.add(prompt, params("greedy")) for prompt in PROMPTS]
-        failures = steps_through_failures(llm, requests)
-
-        assert failures > 10
-        same_answers([request.output() for request in requests], plain["greedy"])
+        assert same_through_failures(llm, monkeypatch, Failing(5, 3), plain) > 10
 
 
 def accept_one_too_many(request, drafts, logits):

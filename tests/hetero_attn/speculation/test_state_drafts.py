@@ -15,12 +15,22 @@ from hetero_attn.serving.draws.token_mask import TokenMask
 from hetero_attn.serving.scheduling import scheduler
 from hetero_attn.speculation.width import Width
 from tests.hetero_attn.speculation.test_eagle_head import expect_the_slow_heads_drafts
-from tests.hetero_attn.speculation.test_speculation import PARAMS, PROMPTS, accept_one_too_many, params, speculate
+from tests.hetero_attn.speculation.test_speculation import (
+    ARRIVALS,
+    PARAMS,
+    PROMPTS,
+    accept_one_too_many,
+    answers_of,
+    params,
+    same_on_schedule,
+    same_through_failures,
+    speculate,
+)
 from tests.support.gpu.fake_engine import fake_engine
 from tests.support.models.eagle import make_head
 from tests.support.models.moe import make_moe
 from tests.support.models.runtime import THREADS, cpu_plan, make_engine, nmse, toy_workload, uniform_plan
-from tests.support.models.schedules import Failing, scheduled, steps_through_failures
+from tests.support.models.schedules import Failing
 from tests.support.models.toy import make_checkpoint
 from tests.support.suite.answers import same_answers
 from tests.support.suite.few_examples import drawn
@@ -49,9 +59,9 @@ def load(path, shape="cpu", **options):
 
 @pytest.fixture(scope="module")
 def answers(path):
-    """What each prompt gives without drafts, for every kind of parameters."""
+    """Answers without drafts."""
     with load(path) as llm:
-        return {kind: [llm.generate([prompt], params(kind))[0] for prompt in PROMPTS] for kind in PARAMS}
+        return answers_of(llm)
 
 
 @pytest.mark.parametrize("kind", PARAMS)
@@ -71,7 +81,7 @@ def test_drafts_change_no_answer(path, answers, monkeypatch, kind, share):
 @drawn(
     few=3,
     many=15,
-    arrivals=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.sampled_from([None, 5])), max_size=7),
+    arrivals=ARRIVALS,
     contexts=st.sampled_from([1, 2]),
     aborted=st.integers(0, 8),
     seed=st.integers(0, 99),
@@ -85,31 +95,21 @@ def test_no_schedule_with_drafts_changes_an_answer(path, answers, shape, arrival
         for _ in range(aborted):
             llm.step()
         llm.abort(ended)
-        requests = scheduled(
-            llm, [(PROMPTS[which], steps, params("greedy", max_tokens=most)) for which, steps, most in arrivals]
-        )
+        same_on_schedule(llm, arrivals, answers)
         cache = llm.engine.kv_cache
 
-        for (which, _, _), request in zip(arrivals, requests, strict=True):
-            assert tuple(request.token_ids) == answers["greedy"][which].token_ids[: request.max_tokens]
         assert cache.free_sequences == llm.plan.max_batch and not cache.states._drafted
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_pass_that_fails_leaves_the_answer_as_it_was(path, answers, monkeypatch, shape):
-    """Before and after it has computed, between the tokens that it gives, and between layers that take drafts in."""
+    """Between layers that take drafts in, too."""
+    failing = Failing(7, 4)
+    monkeypatch.setattr(DeltaNet, "take_in", failing(DeltaNet.take_in))
     with load(path, shape) as llm:
         speculate(llm, monkeypatch, answers["greedy"], 0.8)
-        choose, run, take_in = scheduler._choose_while_right, llm.engine.run, DeltaNet.take_in
-        failing = Failing(7, 4)
-        llm.engine.run = failing(run)
-        monkeypatch.setattr(scheduler, "_choose_while_right", failing(choose))
-        monkeypatch.setattr(DeltaNet, "take_in", failing(take_in))
-        requests = [llm.add(prompt, params("greedy")) for prompt in PROMPTS]
-        failures = steps_through_failures(llm, requests)
 
-        assert failures > 5
-        same_answers([request.output() for request in requests], answers["greedy"])
+        assert same_through_failures(llm, monkeypatch, failing, answers) > 5
 
 
 def test_a_resize_in_the_middle_changes_no_answer(path, answers, monkeypatch):

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from hetero_attn.tools.timeline.recorded_ops import tensors_in
 from tests.support.gpu.race_checker import MixedMemoryError
+from tests.support.kernels.contract_ops import OPS
 
 if TYPE_CHECKING:
     from tests.support.gpu.simulated_gpu import SimulatedDriver, Stream
@@ -28,31 +29,7 @@ READ_TOO = (
     "delta_step",
 )  # what they write
 OTHERS_WRITTEN = {"norm_heads": {"qkv"}, "delta_step": {"states", "out"}}
-CHECKED_OPS = {
-    "add_rows",
-    "copy_rows",
-    "pack",
-    "linear",
-    "rms_norm",
-    "layer_norm",
-    "silu_mul",
-    "gelu_mul",
-    "gelu",
-    "gather_columns",
-    "route",
-    "expert_linear",
-    "combine",
-    "scale_rows",
-    "add_expert_bias",
-    "add_sinks",
-    "sigmoid_mul",
-    "clamped_silu_mul",
-    "norm_heads",
-    "delta_step",
-    "merge",
-    "rope_append",
-    *ONLY_READ,
-}
+CHECKED_OPS = {*OPS, "add_rows", "pack"}
 
 
 class PickedReads(list):

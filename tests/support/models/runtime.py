@@ -147,6 +147,18 @@ def decoded_together(
     return sequences, found
 
 
+def batch_and_again(engine: Engine, token_ids: Sequence[int]) -> list[tuple[Sequence[int], torch.Tensor]]:
+    """Two prompts of other lengths, decoded together, then a third in the place of the first: the tokens of each, at
+    least 41 are given, and the logits behind the last ones. Closes the engine."""
+    prompts, decoded = (token_ids[:9], token_ids[20:41]), token_ids[10:16]
+    sequences, found = decoded_together(engine, prompts, decoded)
+    engine.kv_cache.close(sequences[0])
+    again = run_logits(engine, token_ids[5:30], 11)
+    engine.close()
+    together = [([*prompt, *decoded], torch.stack(rows)) for prompt, rows in zip(prompts, found, strict=True)]
+    return [*together, (token_ids[5:30], again)]
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Token ids and the logits that the one-device run gives for them."""
