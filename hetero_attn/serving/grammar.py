@@ -7,7 +7,6 @@ and in every step; sizes and depth are bounded here. Source: https://github.com/
 
 import json
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
@@ -15,12 +14,12 @@ from threading import Lock
 from typing import Any
 
 from hetero_attn.errors import SamplingError
+from hetero_attn.serving.draws.kept_grammars import KeptGrammars, allocated_bytes
 from hetero_attn.serving.draws.token_mask import TokenMask, cause
 from hetero_attn.serving.sampling_params import JSON_OPTIONS, SamplingParams
 from hetero_attn.serving.text.foreign import failures_told
 from hetero_attn.serving.text.tokenizer import Tokenizer
 
-MOST_COMPILED = 16  # `((a{1000}){100}){3}` takes 100 MB
 MOST_FORMATS = 16  # that nobody knows, in one schema
 # Words of a vocabulary that llguidance tests once for all: where a grammar allows any text of such letters, it walks
 # through the others alone. Masks of SmolLM2's 49,152 tokens by `[a-z ]{3,99}` take 30 us in place of 400.
@@ -39,8 +38,8 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, end_token_ids: Sequence[int]) -> None:
         self._tokenizer, self._vocab_size, self._end_token_ids = tokenizer, vocab_size, list(end_token_ids)
-        self._lock, self._tokens_lock = Lock(), Lock()  # each held for an instant, but for the tokens of the first
-        self._compiled: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._tokens_lock = Lock()  # held for an instant, but for the first time
+        self._kept = KeptGrammars()
         self._known_tokens: Any = None
 
     def mask(self, params: SamplingParams) -> TokenMask | None:
@@ -55,8 +54,7 @@ class Grammars:
 
     def _ready(self, wanted: tuple[str, str]) -> Future:
         """A matcher at its start, at once where the grammar is still kept, else from another thread."""
-        with self._lock:
-            kept = self._compiled.get(wanted)
+        kept = self._kept.get(wanted)
         if kept is None:
             return self._compilers.submit(lambda: self._matcher_of(wanted).deep_copy())
         found: Future = Future()
@@ -65,14 +63,12 @@ class Grammars:
 
     def _matcher_of(self, wanted: tuple[str, str]) -> Any:
         """The matcher that is kept of a grammar, not to be moved."""
-        with self._lock:
-            found = self._compiled.get(wanted)
-        found = found or self._compile(*wanted)
-        with self._lock:
-            self._compiled[wanted] = found
-            self._compiled.move_to_end(wanted)
-            if len(self._compiled) > MOST_COMPILED:
-                self._compiled.popitem(last=False)
+        found = self._kept.get(wanted)
+        if found is None:
+            self._tokens()
+            before = allocated_bytes()
+            found = self._compile(*wanted)
+            self._kept.keep(wanted, found, max(0, allocated_bytes() - before))
         return found
 
     def mark(self, text: str) -> str:
@@ -84,8 +80,7 @@ class Grammars:
     def _forget(self, wanted: tuple[str, str]) -> None:
         """Keep a grammar no longer that an answer could not follow to its end: what it took until then, often 100 MB,
         all its copies share."""
-        with self._lock:
-            self._compiled.pop(wanted, None)
+        self._kept.forget(wanted)
 
     def _compile(self, kind: str, text: str) -> Any:
         matcher = self._matcher(kind, text)

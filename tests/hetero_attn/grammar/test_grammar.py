@@ -12,6 +12,7 @@ import torch
 
 from hetero_attn.errors import SamplingError
 from hetero_attn.serving import grammar
+from hetero_attn.serving.draws import kept_grammars
 from hetero_attn.serving.grammar import Grammars
 from hetero_attn.serving.sampling_params import SamplingParams
 from tests.support.server.http_server import load_tiny
@@ -161,11 +162,55 @@ def test_a_hostile_schema_costs_little(grammars, tokenizer, name):
 
 def test_what_was_compiled_is_kept_and_bounded(tokenizer, monkeypatch):
     grammars = Grammars(tokenizer, 4096, tokenizer.eos_token_ids)
-    monkeypatch.setattr("hetero_attn.serving.grammar.MOST_COMPILED", 3)
+    monkeypatch.setattr(kept_grammars, "MOST_KEPT", 3)
     for number in range(6):
         grammars.mask(SamplingParams(regex=f"a{{{number + 1}}}"))
 
-    assert len(grammars._compiled) == 3
+    assert len(grammars._kept) == 3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "left"),
+    [
+        ([60, 60, 60], [2]),
+        ([10, 20, 30, 40], [0, 1, 2, 3]),
+        ([10, 20, 30, 41], [1, 2, 3]),
+        ([10, 300], [1]),
+        ([300, 10], [1]),
+    ],
+    ids=str,
+)
+def test_what_is_kept_fits_together_and_the_oldest_goes_first(monkeypatch, sizes, left):
+    monkeypatch.setattr(kept_grammars, "KEPT_BYTES", 100)
+    kept = kept_grammars.KeptGrammars()
+    for place, size in enumerate(sizes):
+        kept.keep(("regex", str(place)), place, size)
+
+    assert [place for place in range(len(sizes)) if kept.get(("regex", str(place))) is not None] == left
+
+
+def test_what_was_asked_for_again_is_no_longer_the_oldest(monkeypatch):
+    monkeypatch.setattr(kept_grammars, "KEPT_BYTES", 100)
+    kept = kept_grammars.KeptGrammars()
+    for name in "aba":
+        if kept.get(("regex", name)) is None:
+            kept.keep(("regex", name), name, 50)
+    kept.keep(("regex", "c"), "c", 50)
+
+    assert kept.get(("regex", "b")) is None and kept.get(("regex", "a")) == "a"
+
+
+def test_large_grammars_do_not_pile_up(tokenizer, monkeypatch):
+    """Sixteen of them held 2.5 GB in a server."""
+    monkeypatch.setattr(kept_grammars, "KEPT_BYTES", 64 << 20)
+    grammars = Grammars(tokenizer, 4096, tokenizer.eos_token_ids)
+    grammars.mask(SamplingParams(regex="x"))
+    before = kept_grammars.allocated_bytes()
+    for letter in "abcdef":
+        grammars.mask(SamplingParams(regex=f"(({letter}{{1000}}){{20}}){{3}}"))
+    taken = kept_grammars.allocated_bytes() - before
+
+    assert 20 << 20 < taken < 100 << 20 and 1 <= len(grammars._kept) <= 3
 
 
 class WatchedMatcher:
@@ -186,7 +231,7 @@ class WatchedMatcher:
 def held(monkeypatch):
     """The matchers that anybody holds, of which one at a time is kept for others."""
     found, compiled = weakref.WeakSet(), Grammars._compile
-    monkeypatch.setattr("hetero_attn.serving.grammar.MOST_COMPILED", 1)
+    monkeypatch.setattr(kept_grammars, "MOST_KEPT", 1)
     monkeypatch.setattr(Grammars, "_compile", lambda self, *wanted: WatchedMatcher(compiled(self, *wanted), found))
     return found
 
@@ -223,12 +268,12 @@ def test_what_cannot_be_followed_to_its_end_is_not_kept(tokenizer):
     grammars = Grammars(tokenizer, 4096, tokenizer.eos_token_ids)
     choices = " | ".join(f'"{number}"' for number in range(5000))
     mask = grammars.mask(SamplingParams(grammar=f"start: {choices}"))
-    kept = len(grammars._compiled)
+    kept = len(grammars._kept)
     with pytest.raises(SamplingError, match="cannot be followed further"):
         for length in range(4):
             mask.allowed(tokenizer.encode("1" * length, add_special_tokens=False))
 
-    assert (kept, len(grammars._compiled)) == (1, 0)
+    assert (kept, len(grammars._kept)) == (1, 0)
 
 
 def test_without_a_tokenizer_it_is_refused():
