@@ -19,6 +19,8 @@ interleave the 16 features, so that a vector register holds the same inputs of a
   i8, f8  16: line j, byte 4f+i: input 4j+i of feature f. Of f8 a code is the number that it is as float8 E4M3.
   v4      as u4; a nibble is an index into `values`, 16 float32 numbers that are the code.
   b4, b5, b6, bt   as i8, of the codes of u4, u5, u6 and t4: in working memory alone (linear/forms/spread.py).
+  m8, mt  34, of i8 and t4, likewise: of every word, in place of its line, |c - 128| and then 255 where c < 128, else 0;
+          then int32, where sums of inputs 0..31 and of 32..63 begin (linear/forms/flips.py).
 
   header  value of code c                       header lines, of 16 numbers a feature each unless said otherwise
   S32     (c - offset) * s                      float16 s of inputs 0..31, of 32..63
@@ -41,8 +43,9 @@ BLOCK_FEATURES = 16
 GROUP_INPUTS = 64  # inputs that share one scale of the activations
 LINE_BYTES = 64
 ROW_MAJOR_ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
-LARGEST_CODES = {"u4": 15, "u5": 31, "u6": 63, "i8": 255, "f8": 255, "v4": 15, "b4": 15, "b5": 31, "b6": 63}
+LARGEST_CODES = {"u4": 15, "u5": 31, "u6": 63, "i8": 255, "f8": 255, "v4": 15, "b4": 15, "b5": 31, "b6": 63, "m8": 255}
 CODE_LINES = {"u4": 8, "t4": 8, "v4": 8, "u5": 10, "u6": 12, "i8": 16, "f8": 16, "b4": 16, "b5": 16, "b6": 16, "bt": 16}
+CODE_LINES |= {"m8": 34, "mt": 34}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from cpu_kernels.linear.forms.subnormal_codes import keeping_subnormals
 from cpu_kernels.linear.panels.over_range import panels_over_range
 from cpu_kernels.linear.panels.places import spread_area
 from cpu_kernels.linear.records import panel_of, row_quantiser
-from cpu_kernels.linear.sizes import FILLED_ROWS, SEGMENT_GROUPS, SPREAD_PLANES, record_bytes
+from cpu_kernels.linear.sizes import FILLED_ROWS, FLIPPED_PLANES, SEGMENT_GROUPS, SPREAD_PLANES, record_bytes
 from cpu_kernels.team.arguments import LINEAR
 from cpu_kernels.team.chunks import await_stage, finish, parameter, take, take_range
 from cpu_kernels.vectors.code_sums import CodeSums
@@ -58,7 +58,7 @@ def ahead_bytes(isa: Isa, item: WeightFormat, rows: int) -> int:
     with AVX-512 reads those in 0.96 to 0.98 of the time when it asks 3 KB ahead. Codes that were spread are in the
     cache.
     """
-    if item.plane in SPREAD_PLANES.values():
+    if item.plane in (*SPREAD_PLANES.values(), *FLIPPED_PLANES.values()):
         return 0
     if rows == 1 and isa.name == "avx512" and item.plane == "i8":
         return BYTES_AHEAD_BYTES
@@ -157,7 +157,7 @@ def groups_times_panel(isa: Isa, item: WeightFormat, rows: int):
     panel_bytes = rows * record_bytes(isa, item)
     superblock_bytes, header_bytes = item.superblock_bytes, item.header_lines * LINE_BYTES
     together, group_bytes = item.group_inputs // GROUP_INPUTS, item.code_lines * LINE_BYTES
-    if item.name in ("q4", "q8"):
+    if (item.name, item.plane) in (("q4", "u4"), ("q8", "i8")):
         step = superblock(isa, item.name, rows)
 
         @helper

@@ -18,6 +18,8 @@ TURNED_INPUTS = 256  # at a time: as float32 of 16 features they take half of th
 NUMBER_ROWS = 6  # and codes that are numbers made float32: a whole tile (forms/number_tiles.py)
 SPREAD_BYTES = 192 << 10  # working memory of a thread for it: two blocks of a piece or more, in the second level
 SPREAD_PLANES = {"u4": "b4", "u5": "b5", "u6": "b6", "t4": "bt"}
+FLIPPED_PLANES = {"i8": "m8", "t4": "mt"}  # where codes are magnitudes (vectors/code_sums.py)
+LARGEST_PAIRED = 32767 // (2 * 127)  # code whose products with two inputs fit in int16 as they are
 SPREAD_NIBBLES = ("S32", "SM32", "SZ32", "SI32")  # headers with which nibbles gain; sums of longer runs wait for less
 NUMBER_BLOCKS = 8  # blocks at once that share what is made of the inputs
 
@@ -44,15 +46,23 @@ def shares_inputs(isa: Isa, item: WeightFormat) -> bool:
     return item.has_float_codes or turns_rows(isa, item.name)
 
 
+def spread_plane(isa: Isa, item: WeightFormat) -> str:
+    """The plane that a coded format has in working memory, "" where it has none."""
+    if not isa.has_avx2:
+        return ""
+    if isa.name == "avx2" and item.largest_code > LARGEST_PAIRED:
+        return FLIPPED_PLANES.get(item.plane, "")
+    return SPREAD_PLANES.get(item.plane, "")
+
+
 def spread_rows(isa: Isa, item: WeightFormat) -> int:
     """From how many rows on they multiply what is made of a format's codes once for all of them; 0 where none do."""
     if item.has_float_codes:
         return NUMBER_ROWS if isa.has_avx2 or isa.has_avx512 else 0
     if turns_rows(isa, item.name):
         return WIDE_TURNED_ROWS if isa.has_avx512 else TURNED_ROWS
-    if not isa.has_avx2:
+    if item.is_row_major or not spread_plane(isa, item):
         return 0
     if item.plane == "u4" and item.header == "K2M32":
         return SPREAD_NIBBLE_ROWS
-    gains = item.plane in SPREAD_PLANES and (item.plane != "u4" or item.header in SPREAD_NIBBLES)
-    return SPREAD_ROWS if gains else 0
+    return SPREAD_ROWS if item.plane != "u4" or item.header in SPREAD_NIBBLES else 0

@@ -4,6 +4,8 @@
   pairs      AVX2, codes up to 129: vpmaddubsw gives int16 sums of two products, which cannot saturate; as many are
              added in int16 as it holds, then widened by one vpmaddwd
   magnitudes AVX2, larger codes: |code - 128| times the input with the sign of code - 128, at most 128 * 127 * 2
+  flips      the same of codes that are magnitudes and masks already: inputs meet an exclusive or in place of a sign,
+             and sums begin with the magnitudes of negative codes (linear/forms/flips.py)
   signed     arm64 sdot: codes up to 127 as they are, larger ones less 128
 
 Where codes lose 128 (`takes_128`), a format's own offset of 128 is thereby taken, and no correction has to be added.
@@ -33,10 +35,14 @@ TOP_BITS = -0x7F7F7F80  # bit 7 of every byte
 
 @dataclass(frozen=True, slots=True)
 class CodeSums:
-    """How sums of a format's codes, 0 to `largest`, are made on an instruction set."""
+    """How sums of a format's codes, 0 to `largest`, are made on an instruction set.
+
+    are_flips: whether many rows are given codes as magnitudes and flips.
+    """
 
     isa: Isa
     largest: int
+    are_flips: bool = False
 
     @property
     def kind(self) -> str:
@@ -45,7 +51,9 @@ class CodeSums:
             return "signed"
         if self.isa.name != "avx2":
             return "unsigned"
-        return "pairs" if 2 * LARGEST_INPUT * self.largest <= LARGEST_SHORT else "magnitudes"
+        if 2 * LARGEST_INPUT * self.largest <= LARGEST_SHORT:
+            return "pairs"
+        return "flips" if self.are_flips else "magnitudes"
 
     def left_of(self, offset: int) -> int:
         """What is left to be taken of a format's offset."""
@@ -54,19 +62,21 @@ class CodeSums:
     @property
     def takes_128(self) -> bool:
         """Whether what is summed is code - 128."""
-        return self.kind == "magnitudes" or self.kind == "signed" and self.largest > 127
+        return self.kind in ("magnitudes", "flips") or self.kind == "signed" and self.largest > 127
 
     def table(self, codes: tuple[int, ...]) -> tuple[int, ...]:
         """A table of codes as what is summed."""
         return tuple(code ^ 128 for code in codes) if self.takes_128 else codes
 
     def operand(self, b, codes, is_from_table: bool = False):
-        """A word of codes, <16 x i32>, as `Sum.add` takes it: what rows that share the word share of the work.
+        """A word of codes, <16 x i32>, or of flips a pair, as `Sum.add` takes it: what rows share of the work.
 
         is_from_table: whether they are entries of `table` already.
         """
         if not self.takes_128:
             return codes
+        if self.are_flips:
+            return list(zip(*(in_parts(b, line, V32I8) for line in codes)))
         if not is_from_table:
             codes = b.xor(codes, constant(codes.type, TOP_BITS))
         if self.kind == "signed":
@@ -76,8 +86,13 @@ class CodeSums:
 
     @property
     def takes_scales(self) -> bool:
-        """Whether products are widened by a multiplication, which may take a scale for nothing."""
+        """Whether a scale is multiplied as products are widened, for nothing; flips leave no registers for scales."""
         return self.kind in ("pairs", "magnitudes")
+
+    @property
+    def widens(self) -> bool:
+        """Whether products are widened by a multiplication, from the int16 of AVX2."""
+        return self.takes_scales or self.kind == "flips"
 
     def pairs_hold(self, offset: int, inputs: int) -> bool:
         """Whether int16 sums hold the products of so many inputs once the offset is taken from the codes.
@@ -88,22 +103,22 @@ class CodeSums:
         return self.kind == "pairs" and farthest * LARGEST_INPUT * inputs // 2 <= LARGEST_SHORT
 
     def sum(self, b, start, scale=None, pairs=None):
-        """A sum that begins with `start`, <16 x i32>; what is added to it is multiplied by `scale()`, where
+        """A sum that begins with `start`, <16 x i32>; what is added to it is multiplied by `scale()`, where it
         `takes_scales`: of int16 twice in every lane, asked for where it is used.
 
         pairs: where `pairs_hold` all that is added, what their int16 sums begin with, <16 x i32>, which is multiplied
         too.
         """
-        if not self.takes_scales:
+        if not self.widens:
             return {"unsigned": Sum, "signed": SignedSum}[self.kind](self, b, start)
         factor = scale or (lambda: constant(VI32, 0x00010001))
         if pairs is not None:
             return HeldSum(self, b, start, factor, pairs)
-        return {"pairs": PairSum, "magnitudes": MagnitudeSum}[self.kind](self, b, start, factor)
+        return {"pairs": PairSum, "magnitudes": MagnitudeSum, "flips": FlippedSum}[self.kind](self, b, start, factor)
 
     def settle(self, b, sums) -> None:
         """Between two words of several rows: what the next one takes is not begun before, as registers are few."""
-        if not self.takes_scales:
+        if not self.widens:
             return
         growing = [total.growing() for total in sums]
         settled = in_order(b, [b.bitcast(part, V8I32) for parts in growing for part in parts])
@@ -216,8 +231,16 @@ class MagnitudeSum(WidenedSum):
 
     def add(self, operand, x) -> None:
         """See Sum."""
-        b, shorts = self._b, []
-        for (magnitude, signed), inputs in zip(operand, in_parts(b, x, V32I8)):
-            turned = call_llvm(b, "llvm.x86.avx2.psign.b", V32I8, inputs, signed)
-            shorts.append(pair_products(b, magnitude, turned))
-        self._widen(shorts)
+        b, parts = self._b, zip(operand, in_parts(self._b, x, V32I8))
+        self._widen([pair_products(b, half[0], self._signed(inputs, half[1])) for half, inputs in parts])
+
+    def _signed(self, inputs, codes):
+        """Inputs with the signs of codes."""
+        return call_llvm(self._b, "llvm.x86.avx2.psign.b", V32I8, inputs, codes)
+
+
+class FlippedSum(MagnitudeSum):
+    """The same of inputs that are flipped, -x - 1, where codes are negative."""
+
+    def _signed(self, inputs, flips):
+        return self._b.xor(inputs, flips)

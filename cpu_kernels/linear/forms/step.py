@@ -13,6 +13,7 @@ from numba import types
 from cpu_kernels.formats import GROUP_INPUTS, LINE_BYTES, WeightFormat
 from cpu_kernels.linear.forms.bf16_codes import row_dot_bf16
 from cpu_kernels.linear.forms.codes import code_words, half_words
+from cpu_kernels.linear.forms.flips import FlippedWords
 from cpu_kernels.linear.forms.float_codes import numbers_of_word, row_dot, unit_of, wide_row_dot
 from cpu_kernels.linear.forms.levels import PackedLevels, ReadyLevels
 from cpu_kernels.linear.forms.line_order import code_leader
@@ -20,7 +21,7 @@ from cpu_kernels.linear.forms.number_planes import ONE, fits_planes, planes_dot,
 from cpu_kernels.linear.forms.scale_pairs import either, paired_totals, second_starts
 from cpu_kernels.linear.forms.subnormal_codes import subnormal_row_dot, takes_subnormals
 from cpu_kernels.linear.records import Record, run_of, starts_of
-from cpu_kernels.linear.sizes import pairs_scales
+from cpu_kernels.linear.sizes import FLIPPED_PLANES, pairs_scales
 from cpu_kernels.vectors.code_sums import CodeSums
 from cpu_kernels.vectors.dot import emit_dot2, pair
 from cpu_kernels.vectors.header_numbers import byte_numbers, exponents, halves, tensor_scales
@@ -53,14 +54,14 @@ class FormSums:
         self.group_inputs = int(item.header.lstrip("SZI")) if self.has_zeros else 0
         self.run = run_of(item)
         self.runs = GROUP_INPUTS // self.run
-        self.code_sums = CodeSums(isa, item.largest_code)
+        self.code_sums = CodeSums(isa, item.largest_code, item.plane in FLIPPED_PLANES.values())
         self.offset = self.code_sums.left_of(item.offset)
         self.starts = starts_of(isa, item)
         is_x86 = isa.has_avx2 or isa.has_avx512
         self.takes_planes = rows == 1 and is_x86 and self.run >= 32 and fits_planes(item.values)
         self.takes_subnormals = rows == 1 and takes_subnormals(isa, item)
         # Whether registers are few for what the rows hold, and what they share pays.
-        self.has_several_rows = rows >= (2 if self.code_sums.takes_scales else 4)
+        self.has_several_rows = rows >= (2 if self.code_sums.widens else 4)
         # Two-level scales are multiplied as products are widened.
         self.scales_products = (
             item.header.startswith(("K2", "P2")) and self.has_several_rows and self.code_sums.takes_scales
@@ -89,7 +90,11 @@ class FormSums:
 
     def dots(self, b, word, record, part: int):
         """int32 sums of (code - offset) * input over run `part`, for every row."""
-        return self.with_products(b, word, record, part, [constant(VI32, 0)] * self.rows)
+        return self.with_products(b, word, record, part, [self.first(word, part)] * self.rows)
+
+    def first(self, word, part: int):
+        """What int32 sums begin with."""
+        return word.start(part) if self.code_sums.are_flips else constant(VI32, 0)
 
     def with_products(self, b, word, record, part: int, totals, scale=None):
         """int32 totals, one a row, and the products of run `part`, times `scale()` where there is one: it needs
@@ -270,6 +275,8 @@ def form_step(isa: Isa, item: WeightFormat, rows: int, ahead_bytes: int):
         activations = Record(b, record, rows)
         if form_sums.takes_halves:
             words = half_words(item, b, lines)
+        elif form_sums.code_sums.are_flips:
+            words = FlippedWords(b, lines)
         else:
             words = code_words(isa, item, b, lines, form_sums.code_sums.table(item.table))
         totals = form_sums.of_group(b, superblock, group, words, activations)

@@ -17,10 +17,10 @@ from cpu_kernels.vectors.scalar import least
 def spread_panels(isa: Isa, item: WeightFormat, tile: int, panel: Callable, filled: int):
     """Function: as that of `panels_over_range` for the groups [first, first + count), of whole panels alone; returns
     their rows. None where `area` is 0."""
-    spread, multiply = block_spreader(isa, item), panel(isa, spread_format(item), tile)
+    spread, multiply = block_spreader(isa, item), panel(isa, spread_format(isa, item), tile)
     together, superblock_bytes = item.group_inputs // GROUP_INPUTS, item.superblock_bytes
-    spread_superblock_bytes, row_bytes = spread_format(item).superblock_bytes, record_bytes(isa, item)
-    spread_together = spread_format(item).group_inputs // GROUP_INPUTS
+    spread_superblock_bytes, row_bytes = spread_format(isa, item).superblock_bytes, record_bytes(isa, item)
+    spread_together = spread_format(isa, item).group_inputs // GROUP_INPUTS
 
     @helper
     def over_panels(arguments, records, weight, place, rows, start, stop, area, first, count):

@@ -12,11 +12,23 @@ from tests.support.kernels.cpu_oracles import ISAS, guarded, kernels, only_insid
 from tests.support.suite.covering import covering
 
 PATHS = [name for name in ISAS if named(name).has_avx2]
-FROM_ROWS = {name: spread_rows(named("avx2"), item) for name, item in FORMATS.items()}
-SPREAD = [item for name, item in FORMATS.items() if FROM_ROWS[name] in (SPREAD_ROWS, SPREAD_NIBBLE_ROWS)]
-by_format = pytest.mark.parametrize(
-    ("isa", "item"), covering(PATHS, SPREAD, lambda item: {item.plane, item.header}, lambda item: item.name)
-)
+
+
+def spread_formats(isa: str) -> list:
+    """The formats whose codes many rows have spread."""
+    return [item for item in FORMATS.values() if spread_rows(named(isa), item) in (SPREAD_ROWS, SPREAD_NIBBLE_ROWS)]
+
+
+SPREAD = {isa: spread_formats(isa) for isa in PATHS}
+
+
+def of_paths() -> list:
+    """Parameters (isa, item): what `covering` chooses of the formats that any path spreads, where the path does."""
+    every = covering(PATHS, SPREAD["avx2"], lambda item: {item.plane, item.header}, lambda item: item.name)
+    return [pair for pair in every if pair.values[1] in SPREAD[pair.values[0]]]
+
+
+by_format = pytest.mark.parametrize(("isa", "item"), of_paths())
 
 
 def any_weight(item, shape, in_features):
@@ -27,8 +39,9 @@ def any_weight(item, shape, in_features):
 
 
 def test_every_plane_of_several_bits_is_spread_somewhere():
-    assert {item.plane for item in SPREAD} == {"u4", "u5", "u6", "t4"}
-    assert not any(spread_rows(named("avx512"), item) for item in SPREAD)
+    assert {item.plane for item in SPREAD["avxvnni"]} == {"u4", "u5", "u6", "t4"}
+    assert {item.plane for item in SPREAD["avx2"]} == {"u4", "u5", "u6", "t4", "i8"}
+    assert not any(spread_rows(named("avx512"), item) for item in SPREAD["avx2"])
     assert not any(spread_rows(named("neon"), item) for item in FORMATS.values())
 
 
@@ -36,11 +49,11 @@ def test_every_plane_of_several_bits_is_spread_somewhere():
 @pytest.mark.parametrize("more_rows", [0, 3])
 def test_many_rows_have_the_bits_of_few(isa, item, more_rows):
     """A last superblock that is cut off, more blocks than are spread at once, rows that fill no panel, and a bias."""
-    rows, in_features, blocks = FROM_ROWS[item.name] + more_rows, 704, 48
+    rows, in_features, blocks = spread_rows(named(isa), item) + more_rows, 704, 48
     weight, x, bias = any_weight(item, (blocks,), in_features), torch.randn(rows, in_features), torch.randn(16 * blocks)
     out, memory = guarded(rows, 16 * blocks)
     few = torch.empty(rows, 16 * blocks)
-    assert 19 * spread_format(item).block_bytes(in_features) > SPREAD_BYTES, "a range is spread at once"
+    assert 19 * spread_format(named(isa), item).block_bytes(in_features) > SPREAD_BYTES, "a range is spread at once"
 
     kernels(isa).linear(x, weight, item.name, bias, out)
     for start in range(0, rows, 16):
@@ -53,7 +66,7 @@ def test_many_rows_have_the_bits_of_few(isa, item, more_rows):
 @by_format
 def test_experts_with_many_picks_have_the_bits_of_single_rows(isa, item):
     """In two pieces of the inputs, one expert with fewer picks than are spread for."""
-    least_rows, in_features = FROM_ROWS[item.name], 4352
+    least_rows, in_features = spread_rows(named(isa), item), 4352
     rows = 3 * least_rows // 2
     (_, _, sources, starts, _), *_ = routing(rows, 64, 3, 2)
     starts = torch.tensor([0, least_rows + 5, 2 * least_rows + 10, 2 * rows], dtype=torch.int32)
