@@ -62,6 +62,7 @@ class PatientConnection(H11Protocol):
     """
 
     _head_timer: asyncio.TimerHandle | None = None
+    _behind: bytes | None = None  # what came behind a request that was shown and is not begun
     _is_done = False  # what still comes is read and forgotten: closed with unread bytes, a client loses the answer
 
     def connection_made(self, transport: Any) -> None:
@@ -73,11 +74,19 @@ class PatientConnection(H11Protocol):
         """Take bytes, those of a request that is let in only when all that came with it and are refused were told."""
         if self._is_done:
             return
+        if self._behind is not None:
+            self._behind += data
+            self.flow.pause_reading()  # no more of it is kept
+            return
         is_between = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
         head = plain_post(data) if is_between and not self.transport.is_closing() else None
         if head is None:
             self._take(data)
-        elif (refused := self.config.app.on_arrival(head, partial(self._take_if_open, data))) is not None:  # type: ignore[union-attr]
+            return
+        self._behind = b""
+        refused = self.config.app.on_arrival(head, partial(self._begin, data))  # type: ignore[union-attr]
+        if refused is not None:
+            self._behind = None
             self._refuse(refused)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -96,7 +105,10 @@ class PatientConnection(H11Protocol):
         self.transport.write_eof()
         self._is_done = True
 
-    def _take_if_open(self, data: bytes) -> None:
+    def _begin(self, data: bytes) -> None:
+        """Have the parser take a request that was shown, and what came behind it: answers go out in that order."""
+        data, self._behind = data + (self._behind or b""), None
+        self.flow.resume_reading()
         if not self.transport.is_closing():  # else nobody would be told that its client is gone
             self._take(data)
 

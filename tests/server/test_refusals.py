@@ -171,6 +171,27 @@ def test_of_those_who_come_in_one_turn_no_more_are_begun_than_find_room(monkeypa
     assert statuses == [b"200"] * 4 + [b"429"] * 16 and count == 4
 
 
+def test_requests_of_one_connection_are_answered_in_their_order(monkeypatch):
+    """What came behind a request that waited for its turn to be begun went to the parser before it: the client took the
+    one's answer for the other's, and half of a request was read as the begin of the other."""
+    waiting, received = [], []
+    receive = PatientConnection.data_received
+    monkeypatch.setattr(Door, "on_arrival", lambda self, path, begin: waiting.append(begin))
+    monkeypatch.setattr(PatientConnection, "data_received", lambda self, data: received.append(receive(self, data)))
+    body = b'{"prompt":"A","max_tokens":2}'
+    first = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    with RunningServer() as server, socket.create_connection(("127.0.0.1", server.port), 60) as sock:
+        sock.sendall(first)
+        server.wait_until(lambda: len(received) == 1)
+        sock.sendall(b"GET /health HTTP/1.1\r\n")
+        server.wait_until(lambda: len(received) == 2)
+        server.server._loop.call_soon_threadsafe(waiting.pop())
+        answer = _asked(sock)
+        health = _asked(sock, b"Host: localhost\r\n\r\n")
+
+    assert b'"text_completion"' in answer and health.endswith(b'{"status":"ready"}')
+
+
 def test_of_a_crowd_one_is_begun_in_a_turn_of_the_event_loop():
     """What comes between is read, and told if there is no room, before the next one is parsed."""
     begun, counted = [], []
