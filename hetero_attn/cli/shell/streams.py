@@ -28,11 +28,16 @@ def settle_streams() -> None:
         _fill(number)
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # open until the end
+    elif isinstance(raw := sys.stdout.buffer, io.RawIOBase):
+        # PYTHONUNBUFFERED leaves out what writes the rest where a nearly full disk takes a part.
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(raw), sys.stdout.encoding, errors="replace", line_buffering=True
+        )
     else:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a text file has it
     encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
-    raw = io.BufferedWriter(Unheard(2, "w", closefd=False))
-    sys.stderr = io.TextIOWrapper(raw, encoding, errors="replace", line_buffering=True)
+    unheard = io.BufferedWriter(Unheard(2, "w", closefd=False))
+    sys.stderr = io.TextIOWrapper(unheard, encoding, errors="replace", line_buffering=True)
 
 
 def _fill(number: int) -> None:

@@ -91,6 +91,19 @@ def test_a_full_stdout_is_said(command):
     assert done.stderr.decode().strip() == "error: the output cannot be written: No space left on device"
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_stdout_that_takes_a_part_is_said(tmp_path, unbuffered):
+    """With PYTHONUNBUFFERED, as containers set it, the rest was lost without a word and the code was 0."""
+    code = (
+        "import sys, typer; from hetero_attn.cli import app, main; app.command('say')(lambda: typer.echo('x' * 3000))"
+    )
+    line = f"ulimit -f 1; {sys.executable} -c \"{code}; sys.argv = ['x', 'say']; main()\" > {tmp_path}/out"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(["sh", "-c", line], cwd=ROOT, env=environment, capture_output=True, check=False)
+
+    assert done.returncode == 5 and b"the output cannot be written: File too large" in done.stderr
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
 def test_characters_that_a_terminal_has_not_are_replaced(encoding):
     code = "import sys; from hetero_attn.cli import app, main; app.command('say')(lambda: print('a\\U0001f600b'))"
