@@ -14,6 +14,7 @@ from hetero_attn.cli import options
 from hetero_attn.cli.output import expect_writable, print_json, table_width, writing
 from hetero_attn.cli.plan import machine
 from hetero_attn.errors import ContextLimitError
+from hetero_attn.spec.limits import MAX_CONTEXT
 
 if TYPE_CHECKING:
     from hetero_attn import LLM
@@ -62,6 +63,8 @@ def bench(
     if speculate and gen_tokens < 2:
         raise typer.BadParameter(f"--speculate measures decoding; give --gen-tokens of at least 2, not {gen_tokens}")
     needed = asked.needed_tokens
+    if str(trace) == "-":
+        raise typer.BadParameter("--trace - would put the timeline behind the figures on stdout; name a file")
     expect_writable(trace)
     loading = _in_context_of(needed, asked.way_out, loading)
     with _naming_its_sizes(needed):
@@ -112,6 +115,10 @@ class _Measurement:
 
 def _in_context_of(needed: int, way_out: str, loading: options.Loading) -> options.Loading:
     """The options of a load for so many tokens: without a wish of the user the context is what is needed."""
+    if needed > MAX_CONTEXT:
+        raise typer.BadParameter(
+            f"this measurement needs a context of {needed} tokens, and none has more than {MAX_CONTEXT}; {way_out}"
+        )
     if loading.context is not None and loading.context < needed:
         raise typer.BadParameter(
             f"--context {loading.context} is less than the {needed} tokens that this measurement needs; give at least "

@@ -73,7 +73,7 @@ class BenchRow:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """Every row of a run and what it ran on."""
+    """Every row of a run and what it ran on. max_batch: sequences that the plan has room for; one was measured."""
 
     model: str
     weight_dtype: str
@@ -81,6 +81,7 @@ class BenchReport:
     num_threads: int
     hardware: str
     rows: tuple[BenchRow, ...]
+    max_batch: int = 1
 
     def table(self, width: int = 120) -> str:
         """Plain text for people; a table has the columns that have room, `to_dict` all."""
@@ -88,6 +89,8 @@ class BenchReport:
         console.print(fitting_table(_columns(self.rows), width))
         where = f"on {self.device}, {cpu_threads(self.num_threads)}"
         notes = [EMULATED_NOTE] * self.device.startswith("emulated") + [DEPTH_NOTE] * self.has_depth
+        if self.max_batch > 1:
+            notes.append(f"one sequence was measured, with the plan for {self.max_batch} together")
         lines = [*notes, *(line for row in self.rows for line in term_lines(row.name, row.terms))]
         for row in self.rows:
             if row.expert_hits is not None:
@@ -146,7 +149,13 @@ def measure(
     if engine.lanes.device is not None:
         device = f"{device} (hand-over: {engine.lanes.handover.name})"
     return BenchReport(
-        plan.model, plan.workload.weight_dtype, device, plan.num_threads, planned.hardware.name, tuple(rows)
+        plan.model,
+        plan.workload.weight_dtype,
+        device,
+        plan.num_threads,
+        planned.hardware.name,
+        tuple(rows),
+        plan.max_batch,
     )
 
 

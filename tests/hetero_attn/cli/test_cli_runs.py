@@ -64,6 +64,12 @@ def test_bench_has_a_row_for_each_phase_and_depth() -> None:
     assert names == ["pp16", "tg4", "pp16 @ d32", "tg4 @ d32"]
 
 
+def test_bench_says_that_it_measures_one_sequence_of_a_batch() -> None:
+    table = run("bench", TINY, "--device", "cpu", "-p", "0", "-n", "2", "-r", "1", "--batch", "3").stdout
+
+    assert "one sequence was measured, with the plan for 3 together" in table
+
+
 def test_bench_measures_drafts_beside_plain_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     few = ("bench", TINY, "--device", "cpu", "-p", "0", "-n", "8", "-r", "1")
@@ -101,13 +107,25 @@ def test_bench_writes_a_trace_whatever_the_sizes(tmp_path: Path, device: list[st
     assert any("layers.3.qkv" in event["name"] for event in json.loads(trace.read_text())["traceEvents"])
 
 
-@pytest.mark.parametrize("sizes", [["-p", "5000"], ["--depth", "0,9999"], ["-n", "2048", "--simulate", "rtx4090-ddr5"]])
+def test_bench_writes_no_trace_into_a_file_called_minus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("bench", TINY, "-p", "8", "-n", "2", "-r", "1", "--device", "cpu", "--trace", "-")
+
+    assert result.exit_code == 2 and "name a file" in flowing(result.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [["-p", "5000"], ["--depth", "0,9999"], ["-n", "2048", "--simulate", "rtx4090-ddr5"], ["-p", "99999999"]],
+)
 def test_bench_names_its_own_sizes_where_the_model_has_no_such_context(sizes: list[str]) -> None:
     """It spoke of --context, which nobody had given."""
     result = run("bench", TINY, *sizes)
+    limit = "more than 33554432" if "99999999" in sizes else "2048 positions"
 
     assert result.exit_code == 2
-    assert "2048 positions" in result.stderr and "--depth" in result.stderr and "--context" not in result.stderr
+    assert limit in flowing(result.stderr) and "--depth" in result.stderr and "--context" not in result.stderr
 
 
 def test_ctrl_c_ends_a_generation_with_130_and_no_traceback() -> None:
