@@ -76,12 +76,13 @@ class Driver:
         return sum(request.sequence is not None for request in self.live)
 
     def enter(self, generation: Generation) -> None:
-        """Let requests that were added to the model be computed."""
+        """Let requests that were added to the model be computed; beside others they may have ended already."""
         if self._lost is not None:
             generation.fail(self._lost)
             return
         for request in generation.requests:
             self.live[request] = generation
+            self._count(request)
         self._wake.set()
         generation.wake()
 
@@ -213,14 +214,17 @@ class Driver:
         self._timer, self._looked_at, self._is_announced = None, self._loop.time(), False
         while self._moved:
             request = self._moved.popleft()
-            generation = self.live.get(request)
-            if generation is None:
-                continue
-            self._metrics.moved(request)
-            if request.finish_reason is not None:
-                del self.live[request]
-                self._metrics.ended(request)
-            generation.wake()
+            if (generation := self.live.get(request)) is not None:
+                self._count(request)
+                generation.wake()
+
+    def _count(self, request: Request) -> None:
+        """Count what a live request made since the last time, and its end."""
+        progress = request.progress  # a step that ends meanwhile is announced and counted by itself
+        self._metrics.moved(request, progress.tokens)
+        if progress.finish_reason is not None:
+            del self.live[request]
+            self._metrics.ended(request)
 
     def _ready(self) -> None:
         if self.state is State.LOADING:

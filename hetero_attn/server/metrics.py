@@ -44,9 +44,9 @@ class ServerMetrics:
         self._decode = self._histogram("vllm:request_decode_time_seconds", "Computing the answer.", SECONDS)
         self._registry.register(_WhenAsked(gauges, phases, counts))
 
-    def moved(self, request: Request) -> None:
-        """Count the tokens that a request made since it was last looked at."""
-        shown, now = self._shown_tokens.get(request, 0), request.progress.tokens
+    def moved(self, request: Request, now: int) -> None:
+        """Count the tokens that a request, which has `now` of them, made since it was last looked at."""
+        shown = self._shown_tokens.get(request, 0)
         self._generated.inc(now - shown)
         self._shown_tokens[request] = now
         if shown == 0 and now:

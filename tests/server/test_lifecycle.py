@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from hetero_attn.errors import ArgumentError, EngineDeadError
+from hetero_attn.server.metrics import ServerMetrics
 from hetero_attn.server.settings import ServerSettings
 from tests.support.processes.command import ROOT, run
 from tests.support.processes.quick_python import quick_python
@@ -87,6 +88,55 @@ def test_connections_that_come_and_drop_leave_nothing(slow):
     slow.wait_until(lambda: is_empty(slow), 60)
 
     assert all(pool.free_pages == pool.capacity for pool in slow.llm.engine.kv_cache.pools)
+
+
+def after_step(server: RunningServer) -> None:
+    """Return once whatever the step under way announces has been looked at."""
+    driver, looked = server.service.driver, threading.Event()
+    driver.between_steps(lambda: None).result(60)
+    server.server._loop.call_soon_threadsafe(looked.set)
+    assert looked.wait(60)
+
+
+def test_an_answer_that_is_whole_before_its_turn_is_live_leaves_nothing(monkeypatch):
+    """Beside others a short answer may end in the step that begins before the loop hears of it: its place in the queue
+    was taken for ever, and it was in no counter."""
+    with RunningServer() as server:
+        add = server.llm.add
+
+        def added(*arguments, **options):
+            request = add(*arguments, **options)
+            while request.finish_reason is None:
+                after_step(server)
+            after_step(server)
+            return request
+
+        monkeypatch.setattr(server.llm, "add", added)
+        answer = httpx.post(server.url + "/v1/completions", json={"prompt": "A", "max_tokens": 2}, trust_env=False)
+        counted = gauges(server.url)
+
+        assert answer.json()["usage"]["completion_tokens"] == counted["vllm:generation_tokens_total"] == 2
+        assert sum(n for name, n in counted.items() if name.startswith("vllm:request_success_total")) == 1
+        assert at_rest(server) and not server.service.driver.live
+
+
+def test_tokens_that_come_while_others_are_counted_are_counted(monkeypatch):
+    """Tokens and end were read one after the other of a request that a step changes: those in between were in no
+    counter."""
+    moved = ServerMetrics.moved
+
+    def moved_and_ended(self, request, *tokens):
+        moved(self, request, *tokens)
+        if request.progress.tokens:
+            server.wait_until(lambda: request.finish_reason is not None)
+
+    monkeypatch.setattr(ServerMetrics, "moved", moved_and_ended)
+    with RunningServer() as server:
+        body = {"prompt": "A", "max_tokens": 5, "ignore_eos": True}
+        answer = httpx.post(server.url + "/v1/completions", json=body, trust_env=False)
+        counted = gauges(server.url)
+
+    assert answer.json()["usage"]["completion_tokens"] == counted["vllm:generation_tokens_total"] == 5
 
 
 def test_silence_is_broken_by_comments_and_the_loop_never_waits_for_a_step():
