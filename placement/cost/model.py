@@ -41,7 +41,7 @@ from expert slots and heat, by which plans are weighed once they are cut.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -100,22 +100,33 @@ def layers_pass_cost(
     placements on this machine, to which this one's are added."""
     known = None if costs is None else costs.of(workload, call, on_gpu)
     tallies = (Tally(workload, hardware, call, on_gpu, batch_steps, known) for batch_steps in BATCH_STEPS)
-    interplay = Interplay.of(hardware, call, on_gpu)
+    interplay, alike = Interplay.of(hardware, call, on_gpu), _alike(layers, call)
     if not any(layer.has_expert_slots for layer in layers):
-        return cost_of(_sums(next(tallies), layers, with_head), interplay)
-    return shortest((_sums(tally, layers, with_head) for tally in tallies), interplay)
+        return cost_of(_sums(next(tallies), alike, with_head), interplay)
+    return shortest((_sums(tally, alike, with_head) for tally in tallies), interplay)
 
 
-def _sums(tally: Tally, layers: Sequence[PlacedLayer], with_head: bool) -> Sums:
+def _alike(layers: Sequence[PlacedLayer], call: Call) -> Mapping[Hashable, tuple[PlacedLayer, int]]:
+    """One layer of those that are alike in a pass, and how many they are, by what they have in common."""
+    tier, head_tier = call.tier, row_tier(call.logits_rows)
+    alike: dict[Hashable, tuple[PlacedLayer, int]] = {}
+    for layer in layers:
+        key = layer.key_of(tier, head_tier)
+        first, times = alike.get(key, (layer, 0))
+        alike[key] = first, times + layer.times
+    return alike
+
+
+def _sums(tally: Tally, layers: Mapping[Hashable, tuple[PlacedLayer, int]], with_head: bool) -> Sums:
     """What a pass adds up to, into a tally that is empty."""
     workload, hardware, call, on_gpu = tally.workload, tally.hardware, tally.call, tally.on_gpu
     small, step = small_ops_s(workload, call, hardware, on_gpu), step_s(workload, call, hardware, on_gpu, with_head)
     for parts in (tally.lanes["steps"], tally.lanes["gpu" if on_gpu else "cpu"], tally.terms["small_ops"]):
         parts.append(small)
     tally.terms["step"].append(step)
-    for layer in layers:
-        key = layer.key_of(call.tier, row_tier(call.logits_rows)), tally.batch_steps * layer.has_expert_slots, with_head
-        tally.add_layers(tally.layer(key, partial(_add_layer, layer=layer, with_head=with_head)), layer.times)
+    for layer_key, (layer, times) in layers.items():
+        key = layer_key, tally.batch_steps * layer.has_expert_slots, with_head
+        tally.add_layers(tally.layer(key, partial(_add_layer, layer=layer, with_head=with_head)), times)
     return tally.sums(queueing_s(workload, tally.products, call, hardware, on_gpu), step)
 
 

@@ -34,6 +34,17 @@ class KnownCosts:
     def __init__(self) -> None:
         self._passes: dict[tuple[int, Call, bool], tuple[Workload, KnownPass]] = {}
         self._sizes: dict[int, tuple[Workload, dict[Hashable, LayerBytes]]] = {}
+        self._with_inserts: dict[tuple[int, int], tuple[Workload, Workload]] = {}
+
+    def with_inserts(self, workload: Workload, inserts: int) -> Workload:
+        """This very workload with so many copies of a layer's experts behind a step at most: the same one every time,
+        of which costs are known."""
+        if inserts == workload.inserts:
+            return workload
+        key = id(workload), inserts
+        if key not in self._with_inserts:
+            self._with_inserts[key] = workload, workload.resized(inserts=inserts)
+        return self._with_inserts[key][1]
 
     def of(self, workload: Workload, call: Call, on_gpu: bool) -> KnownPass:
         """What is known of a pass of this very workload."""

@@ -69,13 +69,15 @@ def by_gain(curves: Sequence[Sequence[float]], total: int) -> list[int]:
     alike: dict[tuple[float, ...], list[int]] = {}
     for layer, curve in enumerate(curves):
         alike.setdefault(tuple(curve), []).append(layer)
-    edges: dict[tuple[float, int], list[tuple[int, int]]] = {}
+    edges: dict[tuple[float, int], list[tuple[list[int], int]]] = {}
     for known, layers in alike.items():
         for start, stop in _hull(known):
-            edges.setdefault((-_slope(known, start, stop), start), []).extend((layer, stop) for layer in layers)
+            edges.setdefault((-_slope(known, start, stop), start), []).append((layers, stop))
     given = [0] * len(curves)
     for (_, start), of_layers in sorted(edges.items()):
-        for layer, stop in sorted(of_layers):
+        if not total:
+            break
+        for layer, stop in sorted((layer, stop) for layers, stop in of_layers for layer in layers):
             if given[layer] == start and stop - start <= total:
                 given[layer], total = stop, total - (stop - start)
     return given
