@@ -23,13 +23,15 @@ from placement.policy.bounds import Bounds
 from placement.policy.policy import Policy
 from placement.policy.problems import PolicyError
 from placement.solve.decisions import Budgets
+from placement.solve.improve.expert_slots import most_in_slots, with_expert_slots_in
 from placement.solve.pairing import block_apart, is_paired, paired_workload
 from placement.solve.problem import Candidate, Problem, fastest_first, fixed_candidate, only_placements
 from placement.solve.refusals import BudgetError, budget_error, refusal
 from placement.solve.request import PlanRequest, requested
-from placement.solve.search import candidates, candidates_of_gpu_alone, least_bytes
-from placement.solve.whole_units import complete
+from placement.solve.search import candidates, least_bytes
+from placement.solve.whole_units import complete, with_tokens
 
+NOT_FAR = 1.05  # times the fastest, which what is found for a smaller chunk may get below
 KnownBounds = dict[tuple[object, ...], Bounds]  # by the linears and the tokens kept of their caches
 
 
@@ -77,7 +79,8 @@ def _searched(asked: PlanRequest) -> tuple[list[PlanRequest], list[Candidate]]:
     """The request in every shape and chunk that was tried, and the candidates of all, as `Searched` has them.
 
     Smaller prefill chunks than the budget of GPU memory suggests are tried one after the other while nothing fits, and
-    while the smallest yet is the best: weights and cache gain what its activations leave of any memory.
+    while the smallest yet is the best: weights and cache gain what its activations leave of any memory. Where host
+    memory has a budget, also those that leave it room for more expert slots.
     """
     requests: list[PlanRequest] = []
     found: list[Candidate] = []
@@ -86,16 +89,36 @@ def _searched(asked: PlanRequest) -> tuple[list[PlanRequest], list[Candidate]]:
     for workloads in zip(*(shape.workload.in_smaller_chunks() for shape in every_shape), strict=True):
         in_chunks = [replace(shape, workload=workload) for shape, workload in zip(every_shape, workloads, strict=True)]
         tried = [request for shape in in_chunks for request in _with_chunks(shape)]
-        requests += tried
         problems = [problem_of(request, known) for request in tried]
         fitting = [each for each in found if each.fits]
-        found = _ranked([*fitting, *_candidates(problems, asked.device != "cpu", _to_beat(fitting))])
-        smallest = min(request.workload.prefill_chunk for request in tried)
-        if found and found[0].fits and found[0].problem.workload.prefill_chunk > smallest:
+        below_s = _to_beat(fitting, problems, min((each.workload.prefill_chunk for each in requests), default=0))
+        if below_s is None:
             break
+        requests += tried
+        found = _ranked([*fitting, *_candidates(problems, asked.device != "cpu", below_s)])
     if not found:
         raise _explain_failure(tried)
     return requests, found
+
+
+def _to_beat(found: Sequence[Candidate], problems: Sequence[Problem], smallest: int) -> float | None:
+    """The judged seconds that programs of a smaller prefill chunk have to get below; None where they are not worth
+    their time. found: what fits, fastest first; smallest: the smallest chunk yet.
+
+    Expert slots bring any program's placements as much as those that were found, and are left aside: but not where
+    host memory leaves them little, of which a smaller chunk may leave more, as what was found, called so, tells.
+    """
+    at_home = next((each for each in found if not any(placed.expert_slots for placed in each.linears)), None)
+    is_smallest = all(each.problem.workload.prefill_chunk == smallest for each in found[:1])
+    if at_home is None:
+        return inf if is_smallest else None
+    if most_in_slots(at_home) < 1:
+        alike = [each for each in problems if each.workload.linears == at_home.problem.workload.linears]
+        for called in (with_tokens(at_home, each, at_home.gpu_tokens) for each in alike):
+            slotted = with_expert_slots_in(called, most_in_slots(called))
+            if slotted is not None and slotted.judged_s < NOT_FAR * found[0].judged_s:
+                return NOT_FAR * max(at_home.judged_s, found[0].judged_s * called.judged_s / slotted.judged_s)
+    return at_home.judged_s if is_smallest else None
 
 
 def fastest_plan(requests: Sequence[PlanRequest]) -> tuple[Plan, PlanRequest] | None:
@@ -157,28 +180,12 @@ def _candidates(problems: Sequence[Problem], on_gpu: bool, below_s: float = inf)
             open_.append(problem)
         else:
             fixed.append(only)
-    limited = [p for p in open_ if (p.budgets.pinned, p.budgets.host) != (None, None) and _may_hold_weights(p)]
-    found = [*fixed, *candidates(open_, below_s)]
-    free = candidates_of_gpu_alone(limited, below_s=below_s)
-    return _ranked([*found, *(each for each in free if each.fits)])
-
-
-def _to_beat(found: Sequence[Candidate]) -> float:
-    """The judged seconds that a program has to get below, those of the fastest that fits; expert slots, which bring any
-    program's placements more, left aside."""
-    fitting = (each for each in found if each.fits and not any(placed.expert_slots for placed in each.linears))
-    return min((each.judged_s for each in fitting), default=inf)
+    return _ranked([*fixed, *candidates(open_, below_s)])
 
 
 def _ranked(found: Sequence[Candidate]) -> list[Candidate]:
     """Those that fit, fastest first, then those that do not, the smallest chunk first, which takes the least."""
     return sorted(fastest_first(found), key=lambda each: 0 if each.fits else each.problem.workload.prefill_chunk)
-
-
-def _may_hold_weights(problem: Problem) -> bool:
-    """Whether all memory together is as large as the weights, so that a search is worth its time."""
-    budgets, weights = problem.budgets, sum(shard.total_bytes for shard in problem.workload.linears)
-    return budgets.host is None or weights <= budgets.gpu + budgets.host
 
 
 def problem_of(request: PlanRequest, known: KnownBounds | None = None) -> Problem:

@@ -70,7 +70,7 @@ class Problem:
 
     def with_inserts(self, inserts: int) -> "Problem":
         """The problem with so many copies of a layer's experts behind a step at most."""
-        return replace(self, workload=self.workload.resized(inserts=inserts))
+        return replace(self, workload=self.costs.with_inserts(self.workload, inserts))
 
     def with_owned_heads(self, every: bool) -> "Problem":
         """The problem in which the GPU owns all KV heads that are free to choose, or none."""
@@ -191,9 +191,10 @@ class KnownPlacements:
 
 def fastest_first(found: Iterable[Candidate]) -> list[Candidate]:
     """Candidates by judged seconds; among equals those of a column shape, then of a small chunk."""
+    return sorted(found, key=judged_key)
 
-    def key(candidate: Candidate) -> tuple[float, bool, int]:
-        workload = candidate.problem.workload
-        return candidate.judged_s, is_paired(workload), workload.prefill_chunk
 
-    return sorted(found, key=key)
+def judged_key(candidate: Candidate) -> tuple[float, bool, int]:
+    """By what candidates are put in order."""
+    workload = candidate.problem.workload
+    return candidate.judged_s, is_paired(workload), workload.prefill_chunk

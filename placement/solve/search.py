@@ -13,7 +13,8 @@ from placement.cost.objective import judged_s, reference_batch, reference_contex
 from placement.plan.workload import round_up
 from placement.solve.decisions import Budgets
 from placement.solve.formulation import Formulation, formulation
-from placement.solve.improvements import in_expert_slots, with_room_used
+from placement.solve.improve.expert_slots import in_expert_slots
+from placement.solve.improve.idle_memory import with_room_used
 from placement.solve.problem import Candidate, KnownPlacements, Problem, fastest_first
 from placement.solve.whole_units import filled_up, free_tokens, laid_out, with_tokens
 
@@ -34,6 +35,24 @@ def candidates(problems: Sequence[Problem], below_s: float = inf) -> list[Candid
     that are known to be reached, so that a program which cannot get below is not solved. Should rounding have pushed
     every one over a budget, they are returned all the same, for their bytes to be reported.
     """
+    found = _placed(problems, below_s)
+    limited = [p for p in problems if (p.budgets.pinned, p.budgets.host) != (None, None) and _may_hold_weights(p)]
+    fitting = [each for each in (*found, *candidates_of_gpu_alone(limited, below_s=below_s)) if each.fits]
+    at_home = fastest_first(fitting)[:MOST_TRANSFERRED]
+    fitting += map(with_room_used, at_home[:MOST_WITH_ROOM])
+    fitting += in_expert_slots(_different(at_home))
+    return fastest_first(fitting or found)
+
+
+def _may_hold_weights(problem: Problem) -> bool:
+    """Whether all memory together is as large as the weights, so that a search is worth its time."""
+    budgets, weights = problem.budgets, sum(shard.total_bytes for shard in problem.workload.linears)
+    return budgets.host is None or weights <= budgets.gpu + budgets.host
+
+
+def _placed(problems: Sequence[Problem], below_s: float) -> list[Candidate]:
+    """What needs no search, and what programs find, those of the fastest with every prefill chunk; where nothing keeps
+    the budgets, what does not."""
     fitting = list(_known(problems))
     too_large: list[Candidate] = []
     best_s = min([below_s, *(candidate.judged_s for candidate in fitting)])
@@ -57,11 +76,7 @@ def candidates(problems: Sequence[Problem], below_s: float = inf) -> list[Candid
                 best_s = min(best_s, fitting[-1].judged_s)
             else:
                 too_large.append(candidate)
-    fitting += _with_other_chunks(problems, fitting)
-    at_home = fastest_first(fitting)[:MOST_TRANSFERRED]
-    fitting += map(with_room_used, at_home[:MOST_WITH_ROOM])
-    fitting += in_expert_slots(_different(at_home))
-    return fastest_first(fitting or too_large)
+    return [*fitting, *_with_other_chunks(problems, fitting)] or too_large
 
 
 def _different(found: Sequence[Candidate]) -> list[Candidate]:
@@ -78,13 +93,14 @@ def candidates_of_gpu_alone(
 ) -> list[Candidate]:
     """What is found without budgets of host memory, as answers to the problems, whose budgets they may not keep:
     programs that know those leave room for what whole units may lose, and so miss placements that need none of it.
+    Without expert slots, which take no less of any memory.
 
     gpu_bytes: the budget of GPU memory, None for that of each problem. below_s: as for `candidates`.
     """
     free = [replace(each, budgets=Budgets(each.budgets.gpu if gpu_bytes is None else gpu_bytes)) for each in problems]
     return [
         replace(each, problem=replace(each.problem, budgets=problem.budgets))
-        for each in candidates(free, below_s)
+        for each in _placed(free, below_s)
         for problem in problems
         if problem.workload.is_called_alike(each.problem.workload)
     ]

@@ -1,6 +1,7 @@
 """Nothing that is reported beside a plan is better than it, more of anything is never worse, and no memory lies
 idle."""
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -239,6 +240,23 @@ def test_experts_in_slots_stream_to_prompts_as_few_as_is_best():
 
     assert len(at) == 48
     assert plan.predicted.objective_s <= NOISE * min(map(seconds, range(0, 49, 3)))
+
+
+# Shares of the host memory that a plan without a budget of it takes.
+HOST_SHARES = (0.9, 0.95, 1.0)
+
+
+def test_no_budget_of_host_memory_makes_a_plan_of_expert_slots_faster():
+    """Slots in all or in half of the experts' memory were tried and nothing else: 5 % slower without a budget than with a
+    third of it, and no slots at all within budgets."""
+    workload, hardware, budget = case("qwen3-30b", "rtx4090-ddr5", "q4", 8192, 0.5)
+    plan = plan_of(workload, hardware, budget)
+    taken = sum(plan.memory.host.values()) + plan.memory.pinned_bytes
+    within = [plan_of(workload, hardware, budget, Policy(host_memory=int(share * taken))) for share in HOST_SHARES]
+    seconds = [judged(each) for each in (*within, plan)]
+
+    assert all(any(placed.expert_slots for placed in each.linears) for each in (*within, plan))
+    assert all(more <= NOISE * less for less, more in itertools.pairwise(seconds))
 
 
 def test_twice_the_bus_is_no_worse_where_the_rate_of_the_dram_decides():

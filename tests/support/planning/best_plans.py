@@ -14,7 +14,7 @@ from placement.cost.objective import MODEL_ERROR, judged_s, objective_s, referen
 from placement.explain.comparisons import gains
 from placement.machine.hardware import catalogue_names
 from placement.plan.workload import ChunkChoice
-from placement.solve.improvements import MOST_TRIED_INSERTS
+from placement.solve.improve.expert_slots import MOST_TRIED_INSERTS
 from tests.support.models.published_configs import CONFIGS, published
 from tests.support.planning.planning_models import llama_8b, llama_70b, qwen_14b, qwen_32b, with_row_cuts
 
