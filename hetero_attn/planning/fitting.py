@@ -73,17 +73,33 @@ def would_fit(wishes: LoadOptions, settled: Settle = settle_unless_too_large) ->
 def ways_to_fit(wishes: LoadOptions, settled: Settle = settle_unless_too_large) -> list[str]:
     """Options of the command line with which the model would fit, the least sacrifice first; empty when none does.
 
-    One wish is made smaller at a time, and all together where one is not enough. Of contexts the longest is named.
+    One wish is made smaller at a time, and all together where one is not enough, but for those that need not be. Of
+    contexts the longest is named.
     """
     found: list[str] = []
     for option, smaller in _smaller_wishes(wishes):
         is_context = option.startswith(CONTEXT)
         if not (is_context and any(way.startswith(CONTEXT) for way in found)) and _fits(smaller, settled):
             found.append(option)
-    least = {} if found else _least(wishes)
-    if least and _fits(replace(wishes, **{ARGUMENTS[option]: value for option, value in least.items()}), settled):
+    least = {} if found else _least_that_fit(wishes, settled)
+    if least:
         return [" ".join(f"--{option} {value}" for option, value in least.items()) + " together" * (len(least) > 1)]
     return found[:MOST_WAYS]
+
+
+def _least_that_fit(wishes: LoadOptions, settled: Settle) -> dict[str, Any]:
+    """Options that fit at their least together, without those that may stay as they are; empty where none do."""
+
+    def fit(options: dict[str, Any]) -> bool:
+        return _fits(replace(wishes, **{ARGUMENTS[option]: value for option, value in options.items()}), settled)
+
+    least = _least(wishes)
+    if not (least and fit(least)):
+        return {}
+    for option in reversed([*least]):
+        others = {name: value for name, value in least.items() if name != option}
+        least = others if len(others) > 1 and fit(others) else least
+    return least
 
 
 def _least(wishes: LoadOptions) -> dict[str, Any]:

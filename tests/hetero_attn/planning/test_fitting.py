@@ -143,6 +143,13 @@ def test_what_must_be_smaller_together_names_nothing_that_is_small_already(model
     assert found == [" ".join(f"--{option} {least[option]}" for option in changed) + " together" * (len(changed) > 1)]
 
 
+def test_what_need_not_be_smaller_is_not_named(model):
+    """A context of 8,192 fitted beside q4 weights and cache, and 1,024 were named."""
+    wishes = LoadOptions(model=model, hardware="rtx3060-ddr4")
+
+    assert ways_to_fit(wishes) == ["--dtype q4 --kv-dtype q4 together"]
+
+
 def test_a_load_that_does_not_fit_names_the_arguments_that_would(model):
     """Only `plan` did; whoever loaded was told a number of bytes."""
     with pytest.raises(MemoryBudgetError, match="would fit with .*kv_dtype=q4|would fit with .*dtype=q4") as raised:
