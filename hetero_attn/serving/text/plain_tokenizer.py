@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
 TEMPLATE_NAME, MOST_TEMPLATE_BYTES = "chat_template.jinja", 1 << 20
+# Characters from which a text is read as a batch of one: `encode` holds the interpreter until it ends, which of so many
+# takes 20 ms, and a batch starts the threads of `tokenizers`.
+LONG_TEXT = 1 << 14
 # Classes of transformers that are what tokenizer.json says and nothing else.
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -56,8 +59,11 @@ class PlainTokenizer:
         )
 
     def encode(self, text: str, add_special_tokens: bool = True, verbose: bool = False) -> list[int]:
-        """Token ids of a text."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of a text. While a long one is read other threads go on."""
+        if len(text) < LONG_TEXT:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        (found,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return found.ids
 
     def decode(
         self, token_ids: Sequence[int], skip_special_tokens: bool = True, clean_up_tokenization_spaces: bool = False

@@ -6,6 +6,8 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,39 @@ def test_lengths_that_the_file_asks_for_are_not_kept_to(folder):
     )
 
     assert_alike(plain_tokenizer(folder), AutoTokenizer.from_pretrained(str(folder)))
+
+
+@pytest.fixture
+def turns_of_another():
+    """Counts the turns that another thread gets, which asks for the interpreter all the time: it gets it only where
+    somebody lets go of it, as no switch is forced."""
+    turns, is_over, interval = [0], threading.Event(), sys.getswitchinterval()
+
+    def take_turns():
+        while not is_over.is_set():
+            turns[0] += 1
+            time.sleep(0)
+
+    thread = threading.Thread(target=take_turns)
+    sys.setswitchinterval(600)
+    thread.start()
+    yield turns
+    is_over.set()
+    sys.setswitchinterval(interval)
+    thread.join()
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("text", ["the cat sat on " * 4000, "日本語 🙂 e\u0301\n\n" * 3000], ids=["words", "signs"])
+def test_others_go_on_while_a_long_text_is_read(turns_of_another, text, special):
+    """A prompt of 4 MB kept a server's streams and /health waiting for 4 s."""
+    tokenizer = plain_tokenizer(TINY)
+    before, tries = turns_of_another[0], 0
+    while turns_of_another[0] == before and tries < 50:  # where it lets go, a busy machine may still be late
+        found, tries = tokenizer.encode(text, add_special_tokens=special), tries + 1
+
+    assert turns_of_another[0] > before
+    assert found == tokenizer.backend_tokenizer.encode(text, add_special_tokens=special).ids
 
 
 def test_neither_an_answer_nor_a_chat_needs_transformers():
