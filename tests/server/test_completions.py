@@ -1,12 +1,14 @@
 """Chat and text completions: what is streamed is what is answered, scores are the model's own."""
 
 import json
+import threading
 
 import httpx
 import pytest
 import torch
 
 from hetero_attn.serving.sampling_params import SamplingParams
+from hetero_attn.serving.text.tokenizer import Tokenizer
 from tests.server.test_lifecycle import gauges
 from tests.support.suite.names import case_name
 
@@ -227,6 +229,21 @@ def test_tokens_and_text_go_both_ways(http, server):
     assert post(http, "/detokenize", tokens=found["tokens"][1:])["prompt"] == text
     assert post(http, "/tokenize", prompt=text, add_special_tokens=False)["tokens"] == found["tokens"][1:]
     assert http.get("/tokenizer_info").json()["eos_token"] == "<|end|>"
+
+
+def test_tokens_are_named_beside_the_loop(http, monkeypatch):
+    """Those of some megabytes took seconds, in which no stream got a token."""
+    threads, token_bytes = set(), Tokenizer.token_bytes
+
+    def watched(self, token_id):
+        threads.add(threading.current_thread().name)
+        return token_bytes(self, token_id)
+
+    monkeypatch.setattr(Tokenizer, "token_bytes", watched)
+    found = post(http, "/tokenize", prompt="A list", return_token_strs=True)
+
+    assert "".join(found["token_strs"][1:]) == "A list"
+    assert all(name.startswith("hetero-attn-text") for name in threads), threads
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "/v1//models"])

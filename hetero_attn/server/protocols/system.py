@@ -78,15 +78,25 @@ async def tokenize(service: Service, request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give prompt or messages, one of the two", param="prompt")
 
-    def encode() -> list[int]:
-        if body.messages is None:
-            return tokenizer.encode(body.prompt, body.add_special_tokens)
-        return tokenizer.encode_chat(template_messages(body.messages), body.add_generation_prompt)
-
-    ids = await service.on_thread(encode)
-    names = [tokenizer.token_bytes(each).decode("utf-8", "replace") for each in ids] if body.return_token_strs else None
     most = service.llm.plan.max_context
-    return JsonAnswer({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": names})
+
+    def encode() -> Response:
+        if body.messages is None:
+            ids = tokenizer.encode(body.prompt, body.add_special_tokens)
+        else:
+            ids = tokenizer.encode_chat(template_messages(body.messages), body.add_generation_prompt)
+        named = ids if body.return_token_strs else ()
+        names = [tokenizer.token_bytes(each).decode("utf-8", "replace") for each in named]
+        return JsonAnswer(
+            {
+                "count": len(ids),
+                "max_model_len": most,
+                "tokens": ids,
+                "token_strs": names if body.return_token_strs else None,
+            }
+        )
+
+    return await service.on_thread(encode)
 
 
 async def detokenize(service: Service, request: Request) -> Response:
