@@ -23,7 +23,7 @@ from placement.policy.bounds import Bounds
 from placement.policy.policy import Policy
 from placement.policy.problems import PolicyError
 from placement.solve.decisions import Budgets
-from placement.solve.improve.expert_slots import most_in_slots, with_expert_slots_in
+from placement.solve.improve.expert_slots import most_in_expert_slots, with_expert_slots_in
 from placement.solve.pairing import block_apart, is_paired, paired_workload
 from placement.solve.problem import Candidate, Problem, fastest_first, fixed_candidate, only_placements
 from placement.solve.refusals import BudgetError, budget_error, refusal
@@ -112,10 +112,10 @@ def _to_beat(found: Sequence[Candidate], problems: Sequence[Problem], smallest: 
     is_smallest = all(each.problem.workload.prefill_chunk == smallest for each in found[:1])
     if at_home is None:
         return inf if is_smallest else None
-    if most_in_slots(at_home) < 1:
+    if most_in_expert_slots(at_home) < 1:
         alike = [each for each in problems if each.workload.linears == at_home.problem.workload.linears]
         for called in (with_tokens(at_home, each, at_home.gpu_tokens) for each in alike):
-            slotted = with_expert_slots_in(called, most_in_slots(called))
+            slotted = with_expert_slots_in(called, most_in_expert_slots(called))
             if slotted is not None and slotted.judged_s < NOT_FAR * found[0].judged_s:
                 return NOT_FAR * max(at_home.judged_s, found[0].judged_s * called.judged_s / slotted.judged_s)
     return at_home.judged_s if is_smallest else None

@@ -15,7 +15,7 @@ from placement.plan.warm import by_equal_gain, with_expert_slots
 from placement.solve.improve.streamed_experts import open_experts, streaming_as, with_streams_in_few_layers
 from placement.solve.problem import MAX_SINGLE_LINEARS, Candidate, judged_key
 
-SLOT_PARTS = 32  # of the memory of experts at home, of which slots have as many as host memory leaves room for
+SHARE_PARTS = 32  # of the memory of experts at home, of which slots have as many as host memory leaves room for
 SHARE_STEPS = (0.125, 0.0625, 0.03125)  # of it: every eighth is tried for the fastest, then to either side of the best
 CLOSE = 1.02  # times the fastest, of which other shares are looked at with what is best to stream
 MOST_TRIED_INSERTS = 4
@@ -41,7 +41,7 @@ class _Slotted(NamedTuple):
 def in_expert_slots(at_home: Sequence[Candidate]) -> list[Candidate]:
     """Candidates with expert slots in as much of the memory of experts at home as host memory allows, the fastest also
     with what then is best to stream, and with the number of copies and then the share that suit it."""
-    shares = ((each, most_in_slots(each)) for each in at_home)
+    shares = ((each, most_in_expert_slots(each)) for each in at_home)
     found = ((each, share, with_expert_slots_in(each, share)) for each, share in shares)
     slotted = [_Slotted(each, share, other) for each, share, other in found if other is not None]
     slotted += [best.with_streams() for best in _ranked(slotted)[:1]]
@@ -70,7 +70,7 @@ def _in_best_share(slotted: _Slotted) -> Candidate:
     """The candidate with slots in the share of the experts' memory that suits it, and what then is best to stream. More
     slots serve more picks of a step and leave prompts fewer experts at home; where slots that serve some are many at
     once, more than one share is better than those beside it."""
-    best, most, numbers = slotted, most_in_slots(slotted.at_home), _numbers_beside(slotted.found)
+    best, most, numbers = slotted, most_in_expert_slots(slotted.at_home), _numbers_beside(slotted.found)
 
     def tried(shares: Iterable[float], *as_of: Candidate) -> list[_Slotted]:
         others = [other for share in shares if 0 < share <= most for other in _in_share(slotted.at_home, share, *as_of)]
@@ -101,7 +101,7 @@ def _numbers_beside(candidate: Candidate) -> Collection[int]:
     return range(MOST_TRIED_INSERTS + 1) if is_open else (problem.workload.inserts,)
 
 
-def most_in_slots(candidate: Candidate) -> float:
+def most_in_expert_slots(candidate: Candidate) -> float:
     """The largest share, in whole parts, of the memory of experts at home that may be slots: those experts are then in
     host memory, and all that is copied is pinned."""
     problem, used, budgets = candidate.problem, candidate.used_bytes, candidate.problem.budgets
@@ -112,7 +112,7 @@ def most_in_slots(candidate: Candidate) -> float:
     pinned = used["pinned"] + sum(unit * placed.dram_units for unit, placed in sizes if not placed.is_copied)
     limits = (budgets.host, used["host"]), (budgets.pinned, pinned)
     room = min(limit - taken - rounding for limit, taken in limits if limit is not None)
-    return max(0, min(SLOT_PARTS, SLOT_PARTS * room // max(1, at_home))) / SLOT_PARTS
+    return max(0, min(SHARE_PARTS, SHARE_PARTS * room // max(1, at_home))) / SHARE_PARTS
 
 
 def with_expert_slots_in(candidate: Candidate, share: float) -> Candidate | None:
