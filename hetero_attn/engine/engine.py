@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Sequence
+from typing import NoReturn, SupportsIndex
 
 import torch
 
@@ -60,6 +61,12 @@ class Engine:
         kv_cache.states.take_in = TakenDrafts(lanes, weights, self.forward, kv_cache.states)
         self._rows = buffers.rows
         self._first_rows: dict[int, int] = {}  # of the last step, by sequence
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            f"the loaded model {self.plan.model} cannot be copied or pickled, for its threads and memory are this "
+            "process's; load it where it is wanted"
+        )
 
     @property
     def prefill_chunk(self) -> int:

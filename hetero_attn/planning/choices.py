@@ -1,5 +1,6 @@
 """What each open wish becomes: formats, device, context, batch and prefill chunks, from the model and the machine."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,9 +42,21 @@ def choose_formats(dtype: str, config: ModelConfig, path: Path, known: KnownHead
     check_choice("dtype", dtype, ("auto", *WEIGHT_DTYPES))
     if dtype in ("auto", "fp16"):
         stored = stored_formats(path, config, known)
-        return stored if dtype == "auto" else as_halves(stored)
+        return stored if dtype == "auto" else _halves(stored)
     expect_readable(path, known)
     return formats_of(dtype, config)
+
+
+def _halves(stored: WeightFormats) -> WeightFormats:
+    """Formats of 16 bits for `fp16`, with a warning where none of them is that."""
+    halves = as_halves(stored)
+    if "fp16" not in (*halves.names, halves.embed):
+        warnings.warn(
+            "dtype fp16 keeps float16 weights, and this model's files hold none: they become bf16, which has the range "
+            "of all numbers",
+            stacklevel=3,
+        )
+    return halves
 
 
 def formats_by_rules(formats: WeightFormats, policy: Policy, config: ModelConfig) -> WeightFormats:

@@ -179,6 +179,7 @@ def test_a_choice_that_does_not_exist_is_a_usage_error(command: str, option: str
     [
         (("--gpu-memory", "8GiB", "--device", "cpu"), "gpu_memory 8.00 GiB has no effect"),
         (("--threads", "64", "--hardware", "rtx4090-ddr5"), "64 CPU threads are more than the 16 cores"),
+        (("--dtype", "fp16", "--device", "cpu"), "dtype fp16 keeps float16 weights, and this model's files hold none"),
     ],
 )
 def test_wishes_without_effect_are_warned_of(arguments: tuple[str, ...], words: str) -> None:

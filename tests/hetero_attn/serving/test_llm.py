@@ -1,5 +1,7 @@
 """The public API: generate, stream, chat, logits; batches, finish reasons, bad prompts, threads, abandoned streams."""
 
+import copy
+import pickle
 import threading
 import time
 
@@ -334,6 +336,13 @@ def test_what_is_not_given_is_as_the_model_suggests(tmp_path):
 def test_reprs_are_short(llm):
     assert repr(llm) == f"LLM({llm.plan.model!r}, fp32 on cpu, context 128)"
     assert len(repr(llm.plan)) < 120 and "fp32 on cpu" in repr(llm.plan)
+
+
+@pytest.mark.parametrize("taken", [pickle.dumps, copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_a_loaded_model_says_that_it_cannot_be_copied(llm, taken):
+    """It was "attribute lookup c_char_Array_2128 on ctypes failed", after parts of it had been copied."""
+    with pytest.raises(TypeError, match=r"loaded model .* cannot be copied or pickled.*load it where it is wanted"):
+        taken(llm)
 
 
 def test_dtypes_of_torch_are_taken(path):
