@@ -32,7 +32,12 @@ Tokenizer = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", help="Threads of the CPU lane. Default: one per physical core.")
 ]
-Seed = Annotated[int, typer.Option(help="Makes sampling repeatable.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="Makes sampling repeatable; -1 draws a fresh one.", callback=lambda seed: None if seed == -1 else seed
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 

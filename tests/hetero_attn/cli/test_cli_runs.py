@@ -36,6 +36,29 @@ def test_generate_runs_the_shipped_model() -> None:
     assert answer["metrics"]["generated_tokens"] == 12
 
 
+def test_a_seed_of_minus_one_is_a_fresh_one() -> None:
+    """It was refused, where SamplingParams and llama.cpp take it."""
+    drawn = (
+        "generate",
+        TINY,
+        "-p",
+        "A",
+        "-n",
+        "8",
+        "--temperature",
+        "9",
+        "--context",
+        "64",
+        "--device",
+        "cpu",
+        "--json",
+    )
+    results = [run(*drawn, "--seed", "-1") for _ in range(2)]
+    first, second = (json.loads(result.stdout)["token_ids"] for result in results)
+
+    assert [result.exit_code for result in results] == [0, 0] and first != second
+
+
 def test_verify_passes_on_a_split_model() -> None:
     result = run("verify", TINY, "--device", "emulated", "--gpu-memory", "12MiB", "--context", "256", "--json")
 
