@@ -54,7 +54,8 @@ def chat(
 def converse(talk: Conversation, source: LineSource) -> None:
     """Read messages and print answers until /exit or the end of the input.
 
-    What a person can mend is reported, and the conversation goes on; only an engine that is dead ends it.
+    What a person can mend is reported, and the conversation goes on; an engine that is dead ends it, and so does a
+    stdout that takes no answers.
     """
     while True:
         try:
@@ -69,7 +70,7 @@ def converse(talk: Conversation, source: LineSource) -> None:
                 note(GREETING)
         except EngineDeadError:
             raise
-        except (HeteroError, OSError) as error:
+        except HeteroError as error:
             talk.forget_question()
             note(f"error: {in_option_words(str(error))}")
 

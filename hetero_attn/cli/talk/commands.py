@@ -59,7 +59,7 @@ def help_text() -> str:
 
 
 def run_command(command: str, argument: str, talk: Conversation, say: Callable[[str], None]) -> None:
-    """Carry out a command that needs no answer of the model; raises PromptError, SamplingError and OSError."""
+    """Carry out a command that needs no answer of the model; raises PromptError and SamplingError."""
     actions: dict[str, Callable[[], None]] = {
         "/help": lambda: say(help_text()),
         "/reset": lambda: _reset(talk, say),
@@ -139,8 +139,12 @@ def _file(argument: str, action: Callable[[Path], None], say: Callable[[str], No
         raise PromptError("a file name is missing")
     try:
         action(Path(argument).expanduser())
+    except PromptError:
+        raise
     except (RuntimeError, ValueError) as error:  # a user without a home, links in a ring, a zero byte
         raise PromptError(f"{argument} is no file name: {error}") from None
+    except OSError as error:
+        raise PromptError(f"{argument}: {error.strerror or error}") from None
     say(f"{what} {argument}")
 
 

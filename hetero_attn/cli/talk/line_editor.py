@@ -34,7 +34,7 @@ class PipedLines:
 
     def line(self, prompt: str) -> str:
         """The next line that can be read; the prompt is for people, and not printed."""
-        while raw := sys.stdin.buffer.readline(MOST_LINE_BYTES):
+        while raw := self._raw():
             if len(raw) == MOST_LINE_BYTES:
                 self._report(f"a line of over {MOST_LINE_BYTES} bytes was left out, and what comes after it")
                 break
@@ -43,6 +43,12 @@ class PipedLines:
             except UnicodeDecodeError as error:
                 self._report(f"a line that is no UTF-8 text was left out ({error.reason} at byte {error.start})")
         raise EOFError
+
+    def _raw(self) -> bytes:
+        try:
+            return sys.stdin.buffer.readline(MOST_LINE_BYTES)
+        except OSError as error:
+            raise typer.BadParameter(f"stdin cannot be read: {error.strerror}") from None
 
 
 class EditedLines:

@@ -1,14 +1,18 @@
 """What a conversation of `chat` keeps where a question, a command or a file cannot be had."""
 
+import errno
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
 
 from hetero_attn import SamplingParams
 from hetero_attn.cli.chat import answer, converse, take
 from hetero_attn.cli.talk.conversation import Conversation
+from hetero_attn.cli.talk.line_editor import line_source
 from hetero_attn.errors import PromptError
 from tests.support.processes.command import FakeLLM, FakeTokenizer, contents, run
 
@@ -138,6 +142,37 @@ def test_a_second_ctrl_c_does_not_end_the_conversation(fake: type[FakeLLM], monk
     converse(Conversation(llm, SamplingParams()), SimpleNamespace(line=line))
 
     assert contents(llm) == [["Hello"]]
+
+
+def test_a_stdout_that_is_gone_ends_the_conversation(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind `| head -1` every message that was left was answered for nobody, and the code was 0."""
+
+    class Gone:
+        def push(self, text: str) -> None:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+        def finish(self) -> None:
+            pass
+
+    monkeypatch.setattr("hetero_attn.cli.chat.screen", Gone)
+    llm, lines = FakeLLM("m"), iter(["Hello", "Again"])
+    with pytest.raises(BrokenPipeError):
+        converse(Conversation(llm, SamplingParams()), SimpleNamespace(line=lambda prompt: next(lines)))
+
+    assert contents(llm) == [["Hello"]]
+
+
+def test_a_stdin_that_cannot_be_read_ends_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same error was said for ever."""
+
+    def fail(most: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    buffer = SimpleNamespace(readline=fail)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=buffer, isatty=lambda: False))
+
+    with pytest.raises(typer.BadParameter, match="stdin cannot be read: Input/output error"):
+        line_source(print, ()).line("")
 
 
 @pytest.mark.parametrize("is_read", [False, True], ids=["written", "read"])
