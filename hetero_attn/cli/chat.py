@@ -47,6 +47,8 @@ def chat(
     first = FirstWords(sampling.wishes())
     with loading.llm(model, seed=seed, needs_text=first, speculate=speculate) as llm:
         note(banner(llm))
+        if unread := sorted(variables.keys() - llm.tokenizer.template_variables):
+            note(f"the chat template does not read {', '.join(unread)}, so --template-var {unread[0]} changes nothing")
         talk = Conversation(llm, first.params, system, variables=variables)
         converse(talk, line_source(note, tuple(HELP)))
 

@@ -122,6 +122,14 @@ def test_only_parameters_and_variables_are_set(fake: type[FakeLLM]) -> None:
     assert result.stderr.count("is neither") == 2 and "did you mean enable_thinking" in result.stderr
 
 
+def test_a_variable_that_the_template_does_not_read_is_told(fake: type[FakeLLM]) -> None:
+    """A misspelt one was taken without a word."""
+    given = ("--template-var", "enable_thinkng=false", "--template-var", "enable_thinking=true")
+    said = run("chat", "m", *given, typed="Hello\n").stderr
+
+    assert "does not read enable_thinkng, so" in said
+
+
 def test_a_second_ctrl_c_does_not_end_the_conversation(fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
     """It did, where the first one was still being answered."""
     lines = iter([KeyboardInterrupt(), "Hello", "/exit"])
