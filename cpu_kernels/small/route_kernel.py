@@ -205,78 +205,79 @@ def sort_picks(ids, places, sources, starts, rows, top_k, experts):
     store_word(0, starts)
 
 
+@helper
+def make_logits(arguments, chunk):
+    """Stage 0: logits of ROWS_AT_ONCE rows and EXPERTS_AT_ONCE experts into the scratch."""
+    scratch, padded = parameter(arguments, ROUTE.scratch), parameter(arguments, ROUTE.router_rows)
+    x, x_stride = parameter(arguments, ROUTE.x), parameter(arguments, ROUTE.x_row)
+    router, hidden = parameter(arguments, ROUTE.router), parameter(arguments, ROUTE.hidden)
+    row_bytes, stride, parts = 12 * padded, 4 * hidden, padded // EXPERTS_AT_ONCE
+    first, start = chunk % parts * EXPERTS_AT_ONCE, chunk // parts * ROWS_AT_ONCE
+    stop = least(parameter(arguments, ROUTE.rows), start + ROWS_AT_ONCE)
+    for e in range(first, first + EXPERTS_AT_ONCE, 4):
+        to = scratch + start * row_bytes + 4 * e
+        first_logits(x + start * x_stride, router + e * stride, stride, hidden, to)
+        for row in range(start + 1, stop):
+            to = scratch + row * row_bytes + 4 * e
+            later_logits(x + row * x_stride, router + e * stride, stride, hidden, to)
+
+
+@helper
+def choose_of_row(arguments, row):
+    """Stage 1: the experts of a row and what they count, and of a gate behind them."""
+    experts, top_k = parameter(arguments, ROUTE.experts), parameter(arguments, ROUTE.top_k)
+    padded, gated = parameter(arguments, ROUTE.router_rows), parameter(arguments, ROUTE.gated)
+    logits = parameter(arguments, ROUTE.scratch) + row * 12 * padded
+    choices, marks = logits + 4 * padded, logits + 8 * padded
+    gate = load_scalar(logits + 4 * experts) if gated else ZERO
+    bias = parameter(arguments, ROUTE.bias)
+    if bias:
+        add_numbers(logits, bias, experts)
+    choose(
+        logits,
+        choices,
+        marks,
+        experts,
+        top_k,
+        parameter(arguments, ROUTE.sigmoid),
+        parameter(arguments, ROUTE.correction),
+        parameter(arguments, ROUTE.groups),
+        parameter(arguments, ROUTE.kept_groups),
+    )
+    to = parameter(arguments, ROUTE.weights) + row * parameter(arguments, ROUTE.weights_row)
+    total = keep_chosen(logits, marks, experts, parameter(arguments, ROUTE.ids) + 4 * row * top_k, to)
+    is_normalised = parameter(arguments, ROUTE.normalise)
+    divisor = types.float32(total + real_parameter(arguments, ROUTE.eps)) if is_normalised else ONE
+    scale_weights(to, top_k, divisor, types.float32(real_parameter(arguments, ROUTE.scale)))
+    store_scalar(sigmoid(gate) if gated else ONE, to + 4 * top_k)
+
+
 def route():
     def kernel(arguments, thread):
-        scratch, x, x_stride = (
-            parameter(arguments, ROUTE.scratch),
-            parameter(arguments, ROUTE.x),
-            parameter(arguments, ROUTE.x_row),
-        )
-        rows, hidden, router = (
-            parameter(arguments, ROUTE.rows),
-            parameter(arguments, ROUTE.hidden),
-            parameter(arguments, ROUTE.router),
-        )
-        experts, padded, top_k = (
-            parameter(arguments, ROUTE.experts),
-            parameter(arguments, ROUTE.router_rows),
-            parameter(arguments, ROUTE.top_k),
-        )
-        normalise, gated, ids = (
-            parameter(arguments, ROUTE.normalise),
-            parameter(arguments, ROUTE.gated),
-            parameter(arguments, ROUTE.ids),
-        )
-        weights, weights_stride = parameter(arguments, ROUTE.weights), parameter(arguments, ROUTE.weights_row)
-        bias, scale = parameter(arguments, ROUTE.bias), types.float32(real_parameter(arguments, ROUTE.scale))
-        row_bytes, stride = 12 * padded, 4 * hidden
-        parts, row_blocks = padded // EXPERTS_AT_ONCE, (rows + ROWS_AT_ONCE - 1) // ROWS_AT_ONCE
+        rows = parameter(arguments, ROUTE.rows)
+        row_blocks = (rows + ROWS_AT_ONCE - 1) // ROWS_AT_ONCE
+        chunks = parameter(arguments, ROUTE.router_rows) // EXPERTS_AT_ONCE * row_blocks
         chunk = take(arguments, 0)
-        while chunk < parts * row_blocks:
-            first, start = chunk % parts * EXPERTS_AT_ONCE, chunk // parts * ROWS_AT_ONCE
-            for e in range(first, first + EXPERTS_AT_ONCE, 4):
-                to = scratch + start * row_bytes + 4 * e
-                first_logits(x + start * x_stride, router + e * stride, stride, hidden, to)
-                for row in range(start + 1, least(rows, start + ROWS_AT_ONCE)):
-                    to = scratch + row * row_bytes + 4 * e
-                    later_logits(x + row * x_stride, router + e * stride, stride, hidden, to)
+        while chunk < chunks:
+            make_logits(arguments, chunk)
             finish(arguments, 0)
             chunk = take(arguments, 0)
-        await_stage(arguments, 0, parts * row_blocks)
+        await_stage(arguments, 0, chunks)
         row = take(arguments, 1)
         while row < rows:
-            logits, to = scratch + row * row_bytes, weights + row * weights_stride
-            choices, marks = logits + 4 * padded, logits + 8 * padded
-            gate = load_scalar(logits + 4 * experts) if gated else ZERO
-            if bias:
-                add_numbers(logits, bias, experts)
-            choose(
-                logits,
-                choices,
-                marks,
-                experts,
-                top_k,
-                parameter(arguments, ROUTE.sigmoid),
-                parameter(arguments, ROUTE.correction),
-                parameter(arguments, ROUTE.groups),
-                parameter(arguments, ROUTE.kept_groups),
-            )
-            total = keep_chosen(logits, marks, experts, ids + 4 * row * top_k, to)
-            divisor = types.float32(total + real_parameter(arguments, ROUTE.eps)) if normalise else ONE
-            scale_weights(to, top_k, divisor, scale)
-            store_scalar(sigmoid(gate) if gated else ONE, to + 4 * top_k)
+            choose_of_row(arguments, row)
             finish(arguments, 1)
             row = take(arguments, 1)
         await_stage(arguments, 1, rows)
         if take(arguments, 2) == 0:
             sort_picks(
-                ids,
+                parameter(arguments, ROUTE.ids),
                 parameter(arguments, ROUTE.places),
                 parameter(arguments, ROUTE.sources),
                 parameter(arguments, ROUTE.starts),
                 rows,
-                top_k,
-                experts,
+                parameter(arguments, ROUTE.top_k),
+                parameter(arguments, ROUTE.experts),
             )
 
     return kernel
