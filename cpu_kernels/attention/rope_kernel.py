@@ -188,13 +188,12 @@ def spread(row, head_dim, block, factor):
         stride *= 2
 
 
-def rope_append(kv_dtype: str):
-    """Kernel for one KV dtype."""
+def unit_appender(kv_dtype: str):
+    """Function: the heads of one unit of a row rotated, q to its place and K and V into a page."""
     write_row, has_codes = row_writer(kv_dtype), is_quantised(kv_dtype)
 
     @helper
     def append(arguments, thread, row, kv_head, slot, cos, sin):
-        """The heads of one unit."""
         queries_per_kv, head_dim, half = (
             parameter(arguments, ROPE.queries_per_kv),
             parameter(arguments, ROPE.head_dim),
@@ -228,6 +227,13 @@ def rope_append(kv_dtype: str):
         v_page = parameter(arguments, ROPE.v) + page * parameter(arguments, ROPE.v_page)
         write_row(key, head_dim, k_page, offset, parameter(arguments, ROPE.k_row), page_size)
         write_row(source + 4 * head_dim, head_dim, v_page, offset, parameter(arguments, ROPE.v_row), page_size)
+
+    return append
+
+
+def rope_append(kv_dtype: str):
+    """Kernel for one KV dtype."""
+    append = unit_appender(kv_dtype)
 
     def kernel(arguments, thread):
         rows, kv_heads = parameter(arguments, ROPE.rows), parameter(arguments, ROPE.kv_heads)

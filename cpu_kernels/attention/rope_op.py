@@ -19,29 +19,13 @@ def row_scratch_bytes(head_dim: int) -> int:
 def rope_append(
     team: Team, qkv: Tensor, positions: Tensor, rotation: Rotation, q: Tensor, pages: Pages, slots: Tensor
 ) -> None:
-    check_tensor("qkv", qkv, torch.float32, (None, None, None))
-    rows, kv_heads, unit_features = qkv.shape
-    check_tensor("q", q, torch.float32, (rows, None, None))
-    _, num_heads, head_dim = q.shape
-    expect(
-        kv_heads > 0 and num_heads % kv_heads == 0, f"{num_heads} query heads do not divide over {kv_heads} KV heads"
-    )
-    queries_per_kv = num_heads // kv_heads
-    expect(
-        unit_features >= (queries_per_kv + 2) * head_dim,
-        f"qkv has {unit_features} features per KV head; {queries_per_kv} query heads, k and v of {head_dim} need more",
-    )
+    queries_per_kv, head_dim = _check_heads(qkv, q)
+    rows, kv_heads, _ = qkv.shape
     kv_dtype = check_pages(pages, head_dim)
     check_tensor("positions", positions, torch.int64, (rows,))
+    _check_rotation(rotation, head_dim)
     cos, sin, q_norm, k_norm, eps = rotation
-    check_tensor("cos", cos, torch.float32, (None, None))
-    check_tensor("sin", sin, torch.float32, tuple(cos.shape))
     max_positions, half = cos.shape
-    expect(2 * half <= head_dim, f"cos has {half} columns; rotary_dim {2 * half} is more than head_dim {head_dim}")
-    expect(cos.stride(0) == sin.stride(0), "cos and sin must have the same row stride")
-    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if norm is not None:
-            check_tensor(name, norm, torch.float32, (head_dim,))
     check_tensor("slots", slots, torch.int64, (rows, kv_heads))
     if rows == 0:
         return
@@ -81,3 +65,32 @@ def rope_append(
     )
     expect(failure != 1, f"positions must lie in 0..{max_positions - 1}, the rows of cos and sin")
     expect(failure != 2, f"slots must lie in 0..{num_slots - 1}, the slots of the pages")
+
+
+def _check_heads(qkv: Tensor, q: Tensor) -> tuple[int, int]:
+    """(query heads of a KV head, head_dim)."""
+    check_tensor("qkv", qkv, torch.float32, (None, None, None))
+    rows, kv_heads, unit_features = qkv.shape
+    check_tensor("q", q, torch.float32, (rows, None, None))
+    _, num_heads, head_dim = q.shape
+    expect(
+        kv_heads > 0 and num_heads % kv_heads == 0, f"{num_heads} query heads do not divide over {kv_heads} KV heads"
+    )
+    queries_per_kv = num_heads // kv_heads
+    expect(
+        unit_features >= (queries_per_kv + 2) * head_dim,
+        f"qkv has {unit_features} features per KV head; {queries_per_kv} query heads, k and v of {head_dim} need more",
+    )
+    return queries_per_kv, head_dim
+
+
+def _check_rotation(rotation: Rotation, head_dim: int) -> None:
+    cos, sin, q_norm, k_norm, _ = rotation
+    check_tensor("cos", cos, torch.float32, (None, None))
+    check_tensor("sin", sin, torch.float32, tuple(cos.shape))
+    half = cos.shape[1]
+    expect(2 * half <= head_dim, f"cos has {half} columns; rotary_dim {2 * half} is more than head_dim {head_dim}")
+    expect(cos.stride(0) == sin.stride(0), "cos and sin must have the same row stride")
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None:
+            check_tensor(name, norm, torch.float32, (head_dim,))

@@ -67,31 +67,37 @@ def ahead_bytes(isa: Isa, item: WeightFormat, rows: int) -> int:
     return FAR_AHEAD_BYTES if rows >= FAR_ROWS.get(item.name, 4) else AHEAD_BYTES
 
 
-def superblock(isa: Isa, weight_dtype: str, rows: int):
-    """Intrinsic (sums, weight address, record address) -> sums: one superblock of q4 or q8 times one record."""
-    tile = types.UniTuple(F32x16, rows)
+def inputs_of(b, record, row, offset):
+    """Four codes of a row in every lane."""
+    return splat_value(b, load_as(b, record, I32, GROUP_INPUTS * row + offset))
 
-    def inputs(b, record, row, offset):
-        return splat_value(b, load_as(b, record, I32, GROUP_INPUTS * row + offset))
 
-    def factor(b, record, row, field, scalar=F32):
-        return splat_value(b, load_as(b, record, scalar, rows * (GROUP_INPUTS + 4 * field) + 4 * row))
+def factor_of(b, record, rows, row, field, scalar=F32):
+    """A number of a row that stands behind its codes, in every lane."""
+    return splat_value(b, load_as(b, record, scalar, rows * (GROUP_INPUTS + 4 * field) + 4 * row))
 
-    def halves(b, weight, offset):
-        return b.fpext(load_as(b, weight, VHALF, offset), VF32)
 
-    def ahead(b, weight):
-        distance = ahead_bytes(isa, format_of(weight_dtype), rows)
-        for line in range(SUPERBLOCK_LINES[weight_dtype] if distance else 0):
-            prefetch_value(b, weight, distance + LINE_BYTES * line)
+def halves_of(b, weight, offset):
+    """Sixteen float16 of a header as float32."""
+    return b.fpext(load_as(b, weight, VHALF, offset), VF32)
 
-    codes = CodeSums(isa, format_of(weight_dtype).largest_code)
+
+def ask_ahead(b, isa: Isa, weight_dtype: str, rows: int, weight):
+    """Prefetch the lines of a superblock that comes later."""
+    distance = ahead_bytes(isa, format_of(weight_dtype), rows)
+    for line in range(SUPERBLOCK_LINES[weight_dtype] if distance else 0):
+        prefetch_value(b, weight, distance + LINE_BYTES * line)
+
+
+def superblock_q4(isa: Isa, rows: int):
+    """Intrinsic (sums, weight address, record address) -> sums: one superblock of q4 times one record."""
+    tile, codes = types.UniTuple(F32x16, rows), CodeSums(isa, format_of("q4").largest_code)
 
     @emits(tile, tile, intp, intp)
-    def superblock_q4(b, sums, weight, record):
+    def step(b, sums, weight, record):
         chains = 2 if rows <= 2 else 1
         dots = [[codes.sum(b, constant(VI32, 0)) for _ in range(chains)] for _ in range(rows)]
-        ahead(b, weight)
+        ask_ahead(b, isa, "q4", rows, weight)
         for line in range(8):
             packed = load_as(b, weight, VI32, LINE_BYTES * (1 + line))
             low = codes.operand(b, b.and_(packed, constant(VI32, 0x0F0F0F0F)))
@@ -100,40 +106,49 @@ def superblock(isa: Isa, weight_dtype: str, rows: int):
             for turn in [words[:1], words[1:]] if codes.takes_scales and rows > 1 else [words]:
                 for row in range(rows):
                     for chain, word, offset in turn:
-                        dots[row][chain].add(word, inputs(b, record, row, offset))
+                        dots[row][chain].add(word, inputs_of(b, record, row, offset))
                 if rows > 1:
                     codes.settle(b, [chains[turn[0][0]] for chains in dots])
-        scale, minimum = halves(b, weight, 0), halves(b, weight, 32)
+        scale, minimum = halves_of(b, weight, 0), halves_of(b, weight, 32)
         for row in range(rows):
             total = reduce(b.add, (chain.total() for chain in dots[row]))
             scaled = b.fmul(b.sitofp(total, VF32), scale)
-            acc = fma_value(b, scaled, factor(b, record, row, 0), b.extract_value(sums, row))
-            sums = b.insert_value(sums, fma_value(b, minimum, factor(b, record, row, 1), acc), row)
+            acc = fma_value(b, scaled, factor_of(b, record, rows, row, 0), b.extract_value(sums, row))
+            sums = b.insert_value(sums, fma_value(b, minimum, factor_of(b, record, rows, row, 1), acc), row)
         return sums
 
-    @emits(tile, tile, intp, intp)
-    def superblock_q8(b, sums, weight, record):
-        def start(row, half):
-            return constant(VI32, 0) if codes.takes_128 else factor(b, record, row, 1 + half, I32)
+    return step
 
-        ahead(b, weight)
+
+def superblock_q8(isa: Isa, rows: int):
+    """Intrinsic (sums, weight address, record address) -> sums: one superblock of q8 times one record."""
+    tile, codes = types.UniTuple(F32x16, rows), CodeSums(isa, format_of("q8").largest_code)
+
+    @emits(tile, tile, intp, intp)
+    def step(b, sums, weight, record):
+        def start(row, half):
+            return constant(VI32, 0) if codes.takes_128 else factor_of(b, record, rows, row, 1 + half, I32)
+
+        ask_ahead(b, isa, "q8", rows, weight)
         dots = [[codes.sum(b, start(row, half)) for half in range(2)] for row in range(rows)]
         for index in range(16):
             packed = codes.operand(b, load_as(b, weight, VI32, LINE_BYTES * (1 + index)))
             for row in range(rows):
-                dots[row][index // 8].add(packed, inputs(b, record, row, 4 * index))
+                dots[row][index // 8].add(packed, inputs_of(b, record, row, 4 * index))
             if rows > 1:
                 codes.settle(b, [both[index // 8] for both in dots])
-        scales = [halves(b, weight, 32 * half) for half in range(2)]
+        scales = [halves_of(b, weight, 32 * half) for half in range(2)]
         for row in range(rows):
             scaled = b.fmul(b.sitofp(dots[row][0].total(), VF32), scales[0])
             scaled = fma_value(b, b.sitofp(dots[row][1].total(), VF32), scales[1], scaled)
-            sums = b.insert_value(
-                sums, fma_value(b, scaled, factor(b, record, row, 0), b.extract_value(sums, row)), row
-            )
+            acc = fma_value(b, scaled, factor_of(b, record, rows, row, 0), b.extract_value(sums, row))
+            sums = b.insert_value(sums, acc, row)
         return sums
 
-    return {"q4": superblock_q4, "q8": superblock_q8}[weight_dtype]
+    return step
+
+
+SUPERBLOCKS = {("q4", "u4"): superblock_q4, ("q8", "i8"): superblock_q8}  # by name and plane
 
 
 def block_times_panel(isa: Isa, item: WeightFormat, rows: int):
@@ -157,8 +172,8 @@ def groups_times_panel(isa: Isa, item: WeightFormat, rows: int):
     panel_bytes = rows * record_bytes(isa, item)
     superblock_bytes, header_bytes = item.superblock_bytes, item.header_lines * LINE_BYTES
     together, group_bytes = item.group_inputs // GROUP_INPUTS, item.code_lines * LINE_BYTES
-    if (item.name, item.plane) in (("q4", "u4"), ("q8", "i8")):
-        step = superblock(isa, item.name, rows)
+    if (item.name, item.plane) in SUPERBLOCKS:
+        step = SUPERBLOCKS[item.name, item.plane](isa, rows)
 
         @helper
         def add_groups(sums, weight, record, groups):
