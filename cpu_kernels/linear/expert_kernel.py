@@ -112,7 +112,7 @@ def further_panel(isa: Isa, item: WeightFormat, rows: int):
 def expert_linear_q(isa: Isa, weight_dtype: str, tile: int):
     """Kernel for coded weights, in panels of up to `tile` rows."""
     item = format_of(weight_dtype)
-    quantize_row, row_bytes = row_quantiser(isa, item), record_bytes(isa, item)
+    quantize_row, row_bytes = row_quantiser(isa, item), record_bytes(item)
     over_rows = panels_over_range(isa, weight_dtype, tile, further_panel, 0, goes_on=True)
     least_rows = spread_rows(isa, item)
 

@@ -17,7 +17,7 @@ def scratch_bytes(isa: Isa, weight_dtype: str, picks: int, in_features: int) -> 
     """Working memory of one call: the inputs as the kernel wants them, one for each pick."""
     rounds_x_to = format_of(weight_dtype).rounds_x_to
     if rounds_x_to == "int8":
-        return picks * -(-in_features // GROUP_INPUTS) * record_bytes(isa, format_of(weight_dtype))
+        return picks * -(-in_features // GROUP_INPUTS) * record_bytes(format_of(weight_dtype))
     if rounds_x_to == "bf16":
         return picks * ((1 if isa.has_bf16 else 2) * -(-in_features // 32) | 1) * 64
     return picks * (-(-in_features // 16) | 1) * 64

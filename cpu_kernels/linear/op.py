@@ -44,7 +44,7 @@ def scratch_bytes(isa: Isa, weight_dtype: str, rows: int, in_features: int) -> i
     if rounds_x_to == "bf16":
         lines = 1 if isa.has_bf16 else 2  # inputs are kept widened where the CPU cannot multiply bf16
         return (rows + filled_rows(weight_dtype)) * (lines * -(-in_features // 32) | 1) * 64
-    return (rows + filled_rows(weight_dtype)) * -(-in_features // GROUP_INPUTS) * record_bytes(isa, item)
+    return (rows + filled_rows(weight_dtype)) * -(-in_features // GROUP_INPUTS) * record_bytes(item)
 
 
 def is_one_panel(weight_dtype: str, rows: int, tile: int) -> bool:

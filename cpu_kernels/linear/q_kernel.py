@@ -169,7 +169,7 @@ def groups_times_panel(isa: Isa, item: WeightFormat, rows: int):
     Lines of the last superblock's padding are read and dropped: where a stream skips eight lines in 25 KB, a Zen 4
     finds its way back so late that one row of MXFP4 with 2880 inputs takes half as long again.
     """
-    panel_bytes = rows * record_bytes(isa, item)
+    panel_bytes = rows * record_bytes(item)
     superblock_bytes, header_bytes = item.superblock_bytes, item.header_lines * LINE_BYTES
     together, group_bytes = item.group_inputs // GROUP_INPUTS, item.code_lines * LINE_BYTES
     if (item.name, item.plane) in SUPERBLOCKS:
@@ -206,7 +206,7 @@ def groups_times_panel(isa: Isa, item: WeightFormat, rows: int):
 def linear_q(isa: Isa, weight_dtype: str, tile: int):
     """Kernel for any number of rows in panels of `tile` (8, 4 or 1) rows."""
     item = format_of(weight_dtype)
-    quantize_row, row_bytes = row_quantiser(isa, item), record_bytes(isa, item)
+    quantize_row, row_bytes = row_quantiser(isa, item), record_bytes(item)
     most_filled = FILLED_ROWS.get(weight_dtype, 1)
     multiply = panels_over_range(isa, weight_dtype, tile, block_times_panel, most_filled)
 

@@ -249,7 +249,7 @@ def group_store(isa: Isa, item: WeightFormat):
         return store_group_sums(32, lambda b, inputs, scale: b.sitofp(_sum(b, inputs), F32))
     starts = starts_of(isa, item)
     if starts is not None:
-        assert 4 * (GROUP_INPUTS // starts.run) <= record_bytes(isa, item) - GROUP_INPUTS - 4, (isa, item.name)
+        assert 4 * (GROUP_INPUTS // starts.run) <= record_bytes(item) - GROUP_INPUTS - 4, (isa, item.name)
         if starts.are_pairs:
             return store_group_sums(starts.run, lambda b, inputs, scale: _pair_of_sums(b, inputs, -starts.offset))
         factor = ir.Constant(I32, -starts.offset)
@@ -261,7 +261,7 @@ def group_store(isa: Isa, item: WeightFormat):
 
 def row_quantiser(isa: Isa, item: WeightFormat):
     """Function: the groups [group, last) of a row's inputs into its place in the records of a panel of `size` rows."""
-    store_codes, row_bytes = group_store(isa, item), record_bytes(isa, item)
+    store_codes, row_bytes = group_store(isa, item), record_bytes(item)
 
     @helper
     def quantize_row(source, in_features, group, last, panel, row, size):

@@ -24,7 +24,7 @@ SPREAD_NIBBLES = ("S32", "SM32", "SZ32", "SI32")  # headers with which nibbles g
 NUMBER_BLOCKS = 8  # blocks at once that share what is made of the inputs
 
 
-def record_bytes(isa: Isa, item: WeightFormat) -> int:
+def record_bytes(item: WeightFormat) -> int:
     """One row's share of a record of 64 inputs: int8, a float32 scale and 4-byte corrections (records.py): four where
     every 16 inputs have one, else two."""
     return 64 + 4 + 4 * (4 if item.header.endswith("16") else 2)

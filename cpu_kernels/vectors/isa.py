@@ -54,11 +54,6 @@ class Isa:
         """float32 of a register, where a kernel must know; 8 also where a register holds four."""
         return 16 if self.has_avx512 else 8
 
-    @property
-    def has_byte_dots(self) -> bool:
-        """Whether four bytes are multiplied by four and added in one instruction."""
-        return self.has_avx512 or self.name == "avxvnni"
-
     def __str__(self) -> str:
         return self.name
 

@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from cpu_kernels.vectors.vector import F32, HALF, I8, I16, I32, I64, call_llvm, emits, float32, int32, intp, pointer
+from cpu_kernels.vectors.vector import F32, HALF, I8, I32, I64, call_llvm, emits, float32, int32, intp, pointer
 
 FLUSHES = 0x8040  # of x86's MXCSR: results, and operands, that are subnormal become zero
 
@@ -63,12 +63,6 @@ def load_byte(b, address):
 
 
 @emits(types.int64, intp)
-def load_short(b, address):
-    """One uint16 at any address."""
-    return b.zext(b.load(pointer(b, address, I16), align=1), I64)
-
-
-@emits(types.int64, intp)
 def load_word(b, address):
     """One uint32 at any address."""
     return b.zext(b.load(pointer(b, address, I32), align=1), I64)
@@ -84,18 +78,6 @@ def load_half(b, address):
 def as_float(b, bits):
     """The float32 with these bits."""
     return b.bitcast(b.trunc(bits, I32), F32)
-
-
-@emits(types.void, types.int64, intp)
-def store_byte(b, value, address):
-    """The low byte."""
-    b.store(b.trunc(value, I8), pointer(b, address, I8), align=1)
-
-
-@emits(types.void, types.int64, intp)
-def store_short(b, value, address):
-    """The low two bytes."""
-    b.store(b.trunc(value, I16), pointer(b, address, I16), align=1)
 
 
 @emits(types.void, types.int64, intp)

@@ -5,17 +5,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hetero_attn.planning.kept import keep, kept, kept_path
+from hetero_attn.planning.kept import keep, kept
 from placement.plan.heat import ExpertHeat
 from placement.plan.shards import LinearShard
 from placement.plan.workload import Workload
 
 HEAT = "heat"
-
-
-def heat_path(model: Path) -> Path | None:
-    """Where the heat of a model's experts is kept; None where there is no home folder."""
-    return kept_path(HEAT, model)
 
 
 def keep_heat(model: Path, heats: Mapping[str, ExpertHeat]) -> None:

@@ -99,10 +99,10 @@ def _looked_up_by_bytes(b, item: WeightFormat, indexes):
 def _halves_by_input(b, item: WeightFormat, codes):
     """Four <8 x float> of <32 x i8>, sorted by input, as the float16 of their bits."""
     words = b.bitcast(codes, ir.VectorType(I32, 8))
-    return _halves_of_bytes(b, item, b.bitcast(picked(b, words, words, [0, 4, 1, 5, 2, 6, 3, 7]), V32I8))
+    return _halves_of_bytes(b, b.bitcast(picked(b, words, words, [0, 4, 1, 5, 2, 6, 3, 7]), V32I8))
 
 
-def _halves_of_bytes(b, item: WeightFormat, codes):
+def _halves_of_bytes(b, codes):
     """Four <8 x float> of <32 x i8>: of the bytes 0 to 7, 8 to 15 and so on."""
     numbers = [None] * 4
     for odd, bytes_ in enumerate(_interleaved(b, constant(V32I8, 0), codes)):
@@ -115,7 +115,7 @@ def _halves_of_bytes(b, item: WeightFormat, codes):
     return numbers
 
 
-def row_dot(b, item: WeightFormat, words, inputs):
+def row_dot(b, words, inputs):
     """As `FormSums.float_dots` of one row of E4M3 with AVX2, <16 x float>; words: of codes; inputs: 16 for
     every four of them.
 
@@ -126,7 +126,7 @@ def row_dot(b, item: WeightFormat, words, inputs):
     for k, word in enumerate(words):
         x = picked(b, inputs[k // 4], inputs[k // 4], [*range(4 * (k % 4), 4 * (k % 4) + 4)] * 2)
         for half, part in enumerate(in_parts(b, word, V32I8)):
-            numbers = _halves_of_bytes(b, item, part)
+            numbers = _halves_of_bytes(b, part)
             sums[half] = [fma_value(b, number, x, total) for number, total in zip(numbers, sums[half])]
     lower, upper = (_features(b, half) for half in sums)
     return picked(b, lower, upper, list(range(16)))

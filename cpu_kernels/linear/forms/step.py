@@ -140,7 +140,7 @@ class FormSums:
         if self.isa.has_bf16 and self.isa.has_byte_tables:
             return row_dot_bf16(self.isa, b, words, [record.numbers(0, quarter, 1.0) for quarter in quarters])
         inputs = [record.numbers(0, quarter, unit) for quarter in quarters]
-        return wide_row_dot(b, words, inputs) if self.isa.has_avx512 else row_dot(b, self.item, words, inputs)
+        return wide_row_dot(b, words, inputs) if self.isa.has_avx512 else row_dot(b, words, inputs)
 
     def planes_dot(self, b, word, record, part: int):
         """As `float_dots` of one row, of numbers looked up as planes of digits."""

@@ -34,10 +34,10 @@ INPUTS_AT = SPREAD_BYTES - NUMBER_BLOCKS * SUM_BYTES - MOST_ROWS // ROWS * TILE_
 SUMS_AT = SPREAD_BYTES - NUMBER_BLOCKS * SUM_BYTES
 
 
-def input_panels(isa: Isa, item: WeightFormat, tile: int, filled: int):
+def input_panels(item: WeightFormat, tile: int, filled: int):
     """Function: rows [row, last) as inputs of tiles, of so many groups; a last tile that they do not fill repeats the
     last row. tile, filled: of the panels of records."""
-    spread_row, row_bytes = input_spreader(item), record_bytes(isa, item)
+    spread_row, row_bytes = input_spreader(item), record_bytes(item)
 
     @helper
     def fill_row(record, offset, size, groups, to, row):
@@ -103,7 +103,7 @@ def tiles_of(isa: Isa, item: WeightFormat):
 
 def rows_times_blocks(isa: Isa, item: WeightFormat, tile: int, filled: int, goes_on: bool):
     """Function: rows [row, last) times blocks [begin, end), as many as working memory holds."""
-    fill, multiply, spread = input_panels(isa, item, tile, filled), tiles_of(isa, item), number_spreader(isa, item)
+    fill, multiply, spread = input_panels(item, tile, filled), tiles_of(isa, item), number_spreader(isa, item)
     begin_sums, bring = sums_of_rows(goes_on)
     assert GROUPS * number_bytes(item) <= INPUTS_AT
 

@@ -44,7 +44,7 @@ def panels_over_range(isa: Isa, weight_dtype: str, tile: int, panel: PanelFactor
     multiply_8, multiply_4, multiply_2, multiply_1 = (panel(isa, item, min(rows, tile)) for rows in (8, 4, 2, 1))
     over_many = many_rows(isa, item, tile, panel, filled, goes_on)
     superblock_bytes, together = item.superblock_bytes, item.group_inputs // GROUP_INPUTS
-    row_bytes = record_bytes(isa, item)
+    row_bytes = record_bytes(item)
 
     @helper
     def multiply(arguments, records, weight, place, rows, start, stop, area):

@@ -19,7 +19,7 @@ def spread_panels(isa: Isa, item: WeightFormat, tile: int, panel: Callable, fill
     their rows. None where `area` is 0."""
     spread, multiply = block_spreader(isa, item), panel(isa, spread_format(isa, item), tile)
     together, superblock_bytes = item.group_inputs // GROUP_INPUTS, item.superblock_bytes
-    spread_superblock_bytes, row_bytes = spread_format(isa, item).superblock_bytes, record_bytes(isa, item)
+    spread_superblock_bytes, row_bytes = spread_format(isa, item).superblock_bytes, record_bytes(item)
     spread_together = spread_format(isa, item).group_inputs // GROUP_INPUTS
 
     @helper

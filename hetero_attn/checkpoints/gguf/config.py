@@ -60,7 +60,7 @@ def gguf_config(
     found |= {
         "rms_norm_eps": fields.number(terms.eps_key, 0.0, 1.0),
         "sliding_window": (0,) * found["num_layers"],
-        "rope": _rope(fields, found["head_dim"], found["max_position_embeddings"], tensors, rope_divisors),
+        "rope": _rope(fields, found["head_dim"], found["max_position_embeddings"], rope_divisors),
         "bos_token_id": _token(fields, "bos", found["vocab_size"]),
         "eos_token_ids": _ends(fields, found["vocab_size"]),
         "pad_token_id": _token(fields, "padding", found["vocab_size"]),
@@ -171,13 +171,7 @@ def _vocab_size(fields: GgufFields, tensors: Mapping[str, GgufTensor]) -> int:
     return rows
 
 
-def _rope(
-    fields: GgufFields,
-    head_dim: int,
-    context: int,
-    tensors: Mapping[str, GgufTensor],
-    found: Mapping[str, tuple[float, ...]],
-) -> RopeConfig:
+def _rope(fields: GgufFields, head_dim: int, context: int, found: Mapping[str, tuple[float, ...]]) -> RopeConfig:
     rotary_dim = fields.integer(".rope.dimension_count", MAX_HEAD_DIM, head_dim, low=4)
     if rotary_dim % 2 or rotary_dim > head_dim:
         fields.fail(".rope.dimension_count", rotary_dim, f"an even number up to {head_dim}")

@@ -13,7 +13,8 @@ from hetero_attn import plan_model
 from hetero_attn.devices import Device, EmulatedDriver
 from hetero_attn.lanes.lanes import Lanes
 from hetero_attn.ops.expert_slot_keeper import SlotKeeper
-from hetero_attn.planning.heats import heat_path, keep_heat, with_heat
+from hetero_attn.planning.heats import HEAT, keep_heat, with_heat
+from hetero_attn.planning.kept import kept_path
 from hetero_attn.tools.routes.heat import LayerHeat
 from placement import Policy
 from placement.cost.experts import inserted_experts
@@ -507,6 +508,6 @@ def test_heat_is_kept_for_plans_of_the_model(path, tmp_path, monkeypatch):
 def test_damaged_heat_is_as_none(plan, path, tmp_path, monkeypatch, content):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     keep_heat(path, {"layers.0.experts": ExpertHeat((0.0,) * 129, (0.0,) * 129, tuple(range(128)))})
-    heat_path(path).write_text(content)
+    kept_path(HEAT, path).write_text(content)
 
     assert with_heat(plan.workload, path) == plan.workload
