@@ -40,6 +40,7 @@ from cpu_kernels.vectors.vector import (
     picked,
     splat_value,
     store_as,
+    unknown,
 )
 
 QUERIES = 4
@@ -100,17 +101,24 @@ def tile_softmax(isa: Isa, kv_dtype: str, heads: int):
     beside codes, the weight of the tile's p.
     """
     has_codes, store_weights = RowShape.of(kv_dtype).has_codes, weight_storer(isa, kv_dtype)
+    firsts = range(0, KEY_TILE, LANES)
 
-    def scaled(b, scores, keys, scale, scalars):
-        """[query][part] of scores times their scale, -inf beyond the keys."""
-        firsts = range(0, KEY_TILE, LANES)
-        masks = [lanes_below(b, b.sub(keys, ir.Constant(I64, part))) for part in firsts]
-        for head in range(heads):
-            unit = b.fmul(scale, load_as(b, scalars, F32, HEAD_SCALARS * head + SCALE_OF_Q)) if has_codes else scale
-            factor = splat_value(b, unit)
-            values = (load_as(b, scores, VF32, HEAD_SCORES * head + 4 * first) for first in firsts)
-            below = constant(VF32, -np.inf)
-            yield [b.select(mask, b.fmul(value, factor), below) for value, mask in zip(values, masks)]
+    def factor_of(b, scale, scalars, head):
+        """What a query's scores are multiplied by."""
+        return b.fmul(scale, load_as(b, scalars, F32, HEAD_SCALARS * head + SCALE_OF_Q)) if has_codes else scale
+
+    def scaled(b, scores, head, factor):
+        """A query's scores, 16 at a time, times their factor."""
+        factor, at = splat_value(b, factor), HEAD_SCORES * head
+        return [b.fmul(load_as(b, scores, VF32, at + 4 * first), factor) for first in firsts]
+
+    def scale_few(b, scores, keys, factors):
+        """Scores of a tile with fewer keys times their factors, in place; -inf beyond the keys."""
+        for head, factor in enumerate(factors):
+            for first, value in zip(firsts, scaled(b, scores, head, factor)):
+                mask = lanes_below(b, b.sub(keys, ir.Constant(I64, first)))
+                value = b.select(mask, value, constant(VF32, -np.inf))
+                store_as(b, value, scores, HEAD_SCORES * head + 4 * first)
 
     def together(b, vectors, combine):
         return reduced(b, vectors + vectors[-1:] * (QUERIES - heads), combine)
@@ -121,22 +129,28 @@ def tile_softmax(isa: Isa, kv_dtype: str, heads: int):
         lanes = [2 * min(head, heads - 1) for head in range(QUERIES)]
         return (picked(b, state, state, [lane + field for lane in lanes]) for field in (0, 1))
 
+    def weigh(b, scores, factors, base):
+        """p of every query in place; their sums, lane by lane. Scores are read anew: registers do not hold them all."""
+        for head, factor in enumerate(factors):
+            m, scores = picked(b, base, base, [head] * LANES), unknown(b, scores)
+            powers = [exp2_value(b, b.fsub(value, m)) for value in scaled(b, scores, head, factor)]
+            store_weights(b, powers, scores, HEAD_SCORES * head)
+            yield tree(b, powers, added)
+
     @emits(types.void, intp, intp, float32, intp, intp)
     def soften(b, scores, keys, scale, running, scalars):
-        values = list(scaled(b, scores, keys, scale, scalars))
-        top = together(b, [tree(b, parts, larger_value) for parts in values], larger_value)
-        top = call_llvm(b, "llvm.ceil.v4f32", V4F32, top)
+        has_few = b.icmp_signed("<", keys, ir.Constant(I64, KEY_TILE))
+        factors = [factor_of(b, scale, scalars, head) for head in range(heads)]
+        with b.if_then(has_few, likely=False):
+            scale_few(b, scores, keys, factors)
+        factors = [b.select(has_few, ir.Constant(F32, 1.0), factor) for factor in factors]
+        tops = [tree(b, scaled(b, scores, head, factor), larger_value) for head, factor in enumerate(factors)]
+        top = call_llvm(b, "llvm.ceil.v4f32", V4F32, together(b, tops, larger_value))
         before, total = running_state(b, running)
         largest = larger_value(b, before, top)
         base = top if has_codes else largest
         correction, weight = (power_of_whole(b, b.fsub(m, largest)) for m in (before, base))
-        sums = []
-        for head, parts in enumerate(values):
-            m = picked(b, base, base, [head] * LANES)
-            powers = [exp2_value(b, b.fsub(value, m)) for value in parts]
-            store_weights(b, powers, scores, HEAD_SCORES * head)
-            sums.append(tree(b, powers, added))
-        added_up = together(b, sums, added)
+        added_up = together(b, list(weigh(b, scores, factors, base)), added)
         total = b.fadd(b.fmul(total, correction), b.fmul(added_up, weight) if has_codes else added_up)
         store_as(b, picked(b, largest, total, [at for head in range(heads) for at in (head, QUERIES + head)]), running)
         for head in range(heads):

@@ -38,7 +38,10 @@ from cpu_kernels.vectors.isa import Isa
 from cpu_kernels.vectors.scalar import larger, least, load_i32, load_scalar, power_of_two, round_up, store_scalar
 from cpu_kernels.vectors.vector import (
     LANES,
+    VF32,
+    VI32,
     F32x16,
+    constant,
     emits,
     intp,
     load_f32,
@@ -89,6 +92,15 @@ def raise_maximum(scores, first, keys, scale, running, correction):
     store_scalar(power_of_two(before - largest), correction)
 
 
+def rounded_weight(b, value):
+    """A weight rounded to bf16, in float32. The lower half of a NaN is 0, since numbers of bf16 brought it here, so it
+    stays one."""
+    bits = b.bitcast(value, VI32)
+    odd = b.and_(b.lshr(bits, constant(VI32, 16)), constant(VI32, 1))
+    rounded = b.add(bits, b.add(odd, constant(VI32, 0x7FFF)))
+    return b.bitcast(b.and_(rounded, constant(VI32, 0xFFFF0000)), VF32)
+
+
 def weight_storer(isa: Isa, kv_dtype: str):
     """Emitter (p of a tile's keys, address, offset): how they are kept until they multiply V.
 
@@ -100,8 +112,7 @@ def weight_storer(isa: Isa, kv_dtype: str):
     def store(b, powers, to, offset=0):
         for part, value in enumerate(powers):
             if is_rounded:
-                value = emit_round_bf16(isa, b, value)
-                value = value if isa.has_bf16 else widen_halves(b, value, 1)
+                value = emit_round_bf16(isa, b, value) if isa.has_bf16 else rounded_weight(b, value)
             store_as(b, value, to, offset + part * LANES * item_bytes)
 
     return store

@@ -81,6 +81,24 @@ def test_decode_with_and_without_bf16_instructions(isa, queries_per_kv):
     check_decode(kernels(isa), cache, queries_per_kv, [0, 1], [70, 67])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_key_that_is_no_number_leaves_none(isa):
+    """Whatever the bits of a NaN: rounded to bf16 as a number is, one of ones alone would become -0."""
+    cache = PagedCache(1, 1, 70, 64, 64, BF16)
+    cache.k[cache.table[0, 0, 0].item()].view(torch.int16)[0, 0] = 0x7FFF
+    out, lse, bounds = (
+        torch.empty(1, 4, 64),
+        torch.empty(1, 4),
+        [torch.tensor([at], dtype=torch.int32) for at in (0, 70)],
+    )
+
+    kernels(isa).decode_attention(
+        torch.randn(1, 4, 64), Pages(cache.k, cache.v), RowKeys(cache.table, *bounds), 0.125, Partial(out, lse)
+    )
+
+    assert out.isnan().all() and lse.isnan().all()
+
+
 def test_decode_of_empty_segments_is_the_identity_of_merge():
     """Also the empty range that starts after its stop, and every size around one tile of keys."""
     torch.manual_seed(3)
