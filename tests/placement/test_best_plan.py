@@ -242,17 +242,28 @@ def test_experts_in_slots_stream_to_prompts_as_few_as_is_best():
     assert plan.predicted.objective_s <= NOISE * min(map(seconds, range(0, 49, 3)))
 
 
-# Shares of the host memory that a plan without a budget of it takes.
-HOST_SHARES = (0.9, 0.95, 1.0)
+# And shares of the host memory that a plan without a budget of it takes.
+WITHIN_HOST_MEMORY = [
+    (("qwen3-30b", "rtx4090-ddr5", "q4", 8192, 0.5), (0.9, 0.95, 1.0)),
+    (("gpt-oss-120b", "rtx4090-ddr5", "q8", 32768, 1.0), (0.868, 0.925, 0.981)),
+    (("gpt-oss-120b", "rtx4090-ddr5", "q4", 32768, 1.0), (0.748, 0.856, 0.964)),
+]
 
 
-def test_no_budget_of_host_memory_makes_a_plan_of_expert_slots_faster():
+@pytest.mark.parametrize(
+    "case_,shares",
+    [
+        pytest.param(case_, shares, id=str(case_), marks=pytest.mark.matrix if at > 1 else ())
+        for at, (case_, shares) in enumerate(WITHIN_HOST_MEMORY)
+    ],
+)
+def test_no_budget_of_host_memory_makes_a_plan_of_expert_slots_faster(case_, shares):
     """Slots in all or in half of the experts' memory were tried and nothing else: 5 % slower without a budget than with a
-    third of it, and no slots at all within budgets."""
-    workload, hardware, budget = case("qwen3-30b", "rtx4090-ddr5", "q4", 8192, 0.5)
+    third of it, and no slots at all within budgets. Few slots were tried with the number of copies that suits many."""
+    workload, hardware, budget = case(*case_)
     plan = plan_of(workload, hardware, budget)
     taken = sum(plan.memory.host.values()) + plan.memory.pinned_bytes
-    within = [plan_of(workload, hardware, budget, Policy(host_memory=int(share * taken))) for share in HOST_SHARES]
+    within = [plan_of(workload, hardware, budget, Policy(host_memory=int(share * taken))) for share in shares]
     seconds = [judged(each) for each in (*within, plan)]
 
     assert all(any(placed.expert_slots for placed in each.linears) for each in (*within, plan))

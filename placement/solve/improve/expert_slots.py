@@ -13,11 +13,12 @@ from typing import NamedTuple
 from placement.plan.memory import LinearPlacement
 from placement.plan.warm import by_equal_gain, with_expert_slots
 from placement.solve.improve.streamed_experts import open_experts, streaming_as, with_streams_in_few_layers
-from placement.solve.problem import MAX_SINGLE_LINEARS, Candidate, judged_key
+from placement.solve.problem import Candidate, judged_key
 
 SHARE_PARTS = 32  # of the memory of experts at home, of which slots have as many as host memory leaves room for
-SHARE_STEPS = (0.125, 0.0625, 0.03125)  # of it: every eighth is tried for the fastest, then to either side of the best
-CLOSE = 1.02  # times the fastest, of which other shares are looked at with what is best to stream
+SHARES = (1 / 32, 1 / 16, *(part / 8 for part in range(1, 8)))  # of it, tried for the fastest candidate
+SHARE_STEPS = (1 / 16, 1 / 32)  # of it, then tried to either side of the best
+CLOSE = 1.05  # times the fastest, of which other shares are looked at with what is best to stream
 MOST_TRIED_INSERTS = 4
 MOST_OF_OTHERS = 6  # candidates with the number of copies that suits the fastest one
 
@@ -68,21 +69,26 @@ def _in_best_number(slotted: Sequence[_Slotted]) -> Iterator[_Slotted]:
 
 def _in_best_share(slotted: _Slotted) -> Candidate:
     """The candidate with slots in the share of the experts' memory that suits it, and what then is best to stream. More
-    slots serve more picks of a step and leave prompts fewer experts at home; where slots that serve some are many at
-    once, more than one share is better than those beside it."""
-    best, most, numbers = slotted, most_in_expert_slots(slotted.at_home), _numbers_beside(slotted.found)
+    slots serve more picks of a step and leave prompts fewer experts at home; few slots want other numbers of copies
+    than many. So more than one share is better than those beside it, and each of them is looked at closely."""
+    best, most, numbers = slotted, most_in_expert_slots(slotted.at_home), _numbers_of(slotted.found)
 
     def tried(shares: Iterable[float], *as_of: Candidate) -> list[_Slotted]:
         others = [other for share in shares if 0 < share <= most for other in _in_share(slotted.at_home, share, *as_of)]
         return _ranked(each.with_inserts(number) for each in others for number in numbers)
 
-    ranked = tried(part * SHARE_STEPS[0] for part in range(1, round(1 / SHARE_STEPS[0])))
-    apart = [each for each in ranked if abs(each.share - ranked[0].share) > SHARE_STEPS[0]]
-    close = (each for each in (*ranked[:1], *apart[:1]) if each.found.judged_s < CLOSE * best.found.judged_s)
+    grid = [fastest for share in SHARES for fastest in tried([share])[:1]]
+    close = (each for each in _tops(grid) if each.found.judged_s < CLOSE * best.found.judged_s)
     best = _ranked([best, *(each.with_streams(near=True) for each in close)])[0]
-    for step in SHARE_STEPS[1:]:
+    for step in SHARE_STEPS:
         best = _ranked([best, *tried((best.share - step, best.share + step), best.found)])[0]
     return best.found if best is slotted else best.with_streams(near=True).found
+
+
+def _tops(row: Sequence[_Slotted]) -> list[_Slotted]:
+    """Those of a row of shares that neither neighbour beats."""
+    seconds = [inf, *(each.found.judged_s for each in row), inf]
+    return [each for at, each in enumerate(row, 1) if seconds[at] <= min(seconds[at - 1], seconds[at + 1])]
 
 
 def _in_share(at_home: Candidate, share: float, *as_of: Candidate) -> list[_Slotted]:
@@ -93,12 +99,10 @@ def _in_share(at_home: Candidate, share: float, *as_of: Candidate) -> list[_Slot
     return [_Slotted(at_home, share, each) for each in {each.linears: each for each in ways}.values() if each.fits]
 
 
-def _numbers_beside(candidate: Candidate) -> Collection[int]:
-    """Numbers of copies that are tried beside other shares: its own, all where few layers make every share another
-    number of whole experts."""
+def _numbers_of(candidate: Candidate) -> Collection[int]:
+    """Numbers of copies that the policy leaves open."""
     problem = candidate.problem
-    is_open = problem.bounds.inserts is None and len(problem.workload.linears) <= MAX_SINGLE_LINEARS
-    return range(MOST_TRIED_INSERTS + 1) if is_open else (problem.workload.inserts,)
+    return range(MOST_TRIED_INSERTS + 1) if problem.bounds.inserts is None else (problem.workload.inserts,)
 
 
 def most_in_expert_slots(candidate: Candidate) -> float:
