@@ -85,16 +85,10 @@ async def tokenize(service: Service, request: Request) -> Response:
             ids = tokenizer.encode(body.prompt, body.add_special_tokens)
         else:
             ids = tokenizer.encode_chat(template_messages(body.messages), body.add_generation_prompt)
-        named = ids if body.return_token_strs else ()
-        names = [tokenizer.token_bytes(each).decode("utf-8", "replace") for each in named]
-        return JsonAnswer(
-            {
-                "count": len(ids),
-                "max_model_len": most,
-                "tokens": ids,
-                "token_strs": names if body.return_token_strs else None,
-            }
-        )
+        names = None
+        if body.return_token_strs:
+            names = [tokenizer.token_bytes(each).decode("utf-8", "replace") for each in ids]
+        return JsonAnswer({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": names})
 
     return await service.on_thread(encode)
 

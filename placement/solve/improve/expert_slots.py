@@ -36,7 +36,7 @@ class _Slotted(NamedTuple):
 
     def with_inserts(self, inserts: int) -> "_Slotted":
         """With so many copies of a layer's experts behind a step at most."""
-        return self._replace(found=replace(self.found, problem=self.found.problem.with_inserts(inserts)))
+        return self._replace(found=_called_with(self.found, inserts))
 
 
 def in_expert_slots(at_home: Sequence[Candidate]) -> list[Candidate]:
@@ -134,12 +134,14 @@ def with_best_inserts(candidate: Candidate) -> Candidate:
     """The candidate with as many copies of a layer's experts behind a step at most as are best; itself where the policy
     says how many, or no other number is better. More serve more picks where the bus has time for them; where it has
     not, fewer are there sooner."""
-    problem = candidate.problem
-    if problem.bounds.inserts is not None:
+    tried = (_called_with(candidate, number) for number in _numbers_of(candidate))
+    return min(candidate, *tried, key=lambda each: each.judged_s)
+
+
+def _called_with(candidate: Candidate, inserts: int) -> Candidate:
+    if inserts == candidate.problem.workload.inserts:
         return candidate
-    others = (number for number in range(MOST_TRIED_INSERTS + 1) if number != problem.workload.inserts)
-    tried = (replace(candidate, problem=problem.with_inserts(number)) for number in others)
-    return min([candidate, *tried], key=lambda each: each.judged_s)
+    return replace(candidate, problem=candidate.problem.with_inserts(inserts))
 
 
 def _exchanged(candidate: Candidate, at: Sequence[int], share: float) -> tuple[LinearPlacement, ...] | None:
